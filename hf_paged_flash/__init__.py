@@ -1,0 +1,1 @@
+"""FlashAttention and a paged KV cache for Hugging Face transformers."""
