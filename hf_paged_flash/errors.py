@@ -10,7 +10,7 @@ class PagedFlashError(Exception):
 
 
 class ArgumentError(PagedFlashError, ValueError):
-    """An argument has the wrong shape, dtype, device or value; the message names it, what it must be and what it was."""
+    """An argument has the wrong shape, dtype, device or value; the message says what it must be and what it was."""
 
 
 class UnsupportedFeatureError(PagedFlashError, NotImplementedError):
