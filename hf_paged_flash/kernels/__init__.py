@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers. They trust their arguments: checks are settled in `hf_paged_flash.ops`."""

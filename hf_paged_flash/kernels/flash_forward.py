@@ -1,0 +1,348 @@
+"""FlashAttention forward for dense, packed (varlen) and paged keys: one kernel, tiled, online softmax."""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import configs
+from .primitives import (
+    LOG2_E,
+    finish_softmax,
+    load_tile,
+    online_softmax_update,
+    scaled_scores,
+    tile_pointers,
+    visible_keys,
+)
+
+
+@triton.jit
+def _attend(
+    acc,
+    m_i,
+    l_i,
+    q,
+    k_base,
+    v_base,
+    block_table_row,
+    first,
+    last,
+    q_pos,
+    seqlen_k,
+    window_left,
+    window_right,
+    scale_log2,
+    softcap_log2,
+    stride_k_block,
+    stride_k_n,
+    stride_v_block,
+    stride_v_n,
+    HEAD_DIM: tl.constexpr,
+    V_HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    MASKED: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Adds the keys of tiles `first .. last` (token indices, multiples of BLOCK_N) to acc, m_i and l_i."""
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    for start_n in range(first, last, BLOCK_N):
+        rest = seqlen_k - start_n
+        k_pointers = tile_pointers(
+            k_base, block_table_row, start_n, offs_n, offs_d, seqlen_k, stride_k_block, stride_k_n, BLOCK_N, PAGE_SIZE, MASKED
+        )
+        k = load_tile(k_pointers, offs_n, offs_d, rest, HEAD_DIM, BLOCK_D, MASKED)
+        s = scaled_scores(q, k, scale_log2, softcap_log2, HAS_SOFTCAP, PRECISION)
+        if MASKED:
+            mask = visible_keys(q_pos, start_n + offs_n, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT)
+            s = tl.where(mask, s, float("-inf"))
+        p, alpha, m_i, l_i = online_softmax_update(s, m_i, l_i, MASKED)
+        acc = acc * alpha[:, None]
+        v_pointers = tile_pointers(
+            v_base, block_table_row, start_n, offs_n, offs_dv, seqlen_k, stride_v_block, stride_v_n, BLOCK_N, PAGE_SIZE, MASKED
+        )
+        v = load_tile(v_pointers, offs_n, offs_dv, rest, V_HEAD_DIM, BLOCK_DV, MASKED)
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    return acc, m_i, l_i
+
+
+@triton.jit
+def _flash_forward_kernel(
+    Q,
+    K,
+    V,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    seqused_k,
+    block_table,
+    sinks,
+    Out,
+    Lse,
+    stride_q_b,
+    stride_q_m,
+    stride_q_h,
+    stride_k_b,
+    stride_k_n,
+    stride_k_h,
+    stride_v_b,
+    stride_v_n,
+    stride_v_h,
+    stride_o_b,
+    stride_o_m,
+    stride_o_h,
+    stride_lse_b,
+    stride_lse_h,
+    stride_table,
+    max_seqlen_q,
+    max_seqlen_k,
+    scale_log2,
+    softcap_log2,
+    window_left,
+    window_right,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    V_HEAD_DIM: tl.constexpr,
+    PACKED_Q: tl.constexpr,
+    PACKED_K: tl.constexpr,
+    HAS_CU_K: tl.constexpr,
+    HAS_SEQUSED: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SINK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """O = softmax(S) V and lse = m + ln l, with S = scale * Q K^T, per tile of BLOCK_M query rows.
+
+    FlashAttention-2 (Dao 2023), algorithm 1: m and l are rescaled tile by tile, nothing of size Sq x Sk is stored.
+    Q (B, Sq, Hq, D) or packed (Tq, Hq, D); K, V (B, Sk, Hkv, D | Dv), packed, or blocks (num_blocks, PAGE_SIZE, Hkv,
+    D | Dv); Out as Q; Lse fp32 (B, Hq, Sq) or (Hq, Tq). Query i stands at key position i + Sk - Sq. Grid (Hq, tiles of
+    max_seqlen_q, B): heads of one KV group run side by side and share K/V in L2; the longest rows of a causal mask
+    start first. Keys are visited in up to three runs, so that only tiles cut by a mask's edge pay for masking.
+    """
+    head = tl.program_id(0)
+    tile_m = tl.num_programs(1) - 1 - tl.program_id(1)
+    row = tl.program_id(2).to(tl.int64)
+    head_k = (head // GROUP).to(tl.int64)
+
+    if PACKED_Q:
+        first_q = tl.load(cu_seqlens_q + row).to(tl.int64)
+        seqlen_q = (tl.load(cu_seqlens_q + row + 1) - first_q).to(tl.int32)
+        q_row = first_q * stride_q_m
+        o_row = first_q * stride_o_m
+        lse_row = first_q
+    else:
+        seqlen_q = max_seqlen_q
+        q_row = row * stride_q_b
+        o_row = row * stride_o_b
+        lse_row = row * stride_lse_b
+    start_m = tile_m * BLOCK_M
+    if start_m >= seqlen_q:
+        return
+
+    if HAS_CU_K:
+        first_k = tl.load(cu_seqlens_k + row).to(tl.int64)
+        seqlen_k = (tl.load(cu_seqlens_k + row + 1) - first_k).to(tl.int32)
+    else:
+        first_k = tl.cast(0, tl.int64)
+        seqlen_k = max_seqlen_k
+    if HAS_SEQUSED:
+        seqlen_k = tl.maximum(tl.load(seqused_k + row), 0)
+    if PAGE_SIZE > 0:
+        k_row = head_k * stride_k_h
+        v_row = head_k * stride_v_h
+    elif PACKED_K:
+        k_row = first_k * stride_k_n + head_k * stride_k_h
+        v_row = first_k * stride_v_n + head_k * stride_v_h
+    else:
+        k_row = row * stride_k_b + head_k * stride_k_h
+        v_row = row * stride_v_b + head_k * stride_v_h
+    block_table_row = 0
+    if PAGE_SIZE > 0:
+        block_table_row = block_table + row * stride_table
+
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    row_mask = offs_m < seqlen_q
+    q_pointers = Q + q_row + head.to(tl.int64) * stride_q_h + offs_m.to(tl.int64)[:, None] * stride_q_m + offs_d[None, :]
+    q = tl.load(q_pointers, mask=row_mask[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
+
+    # keys [begin, end) can be visible to a row of this tile, tiles in [full_begin, full_end) are visible to all of them
+    shift = seqlen_k - seqlen_q
+    last_m = tl.minimum(start_m + BLOCK_M, seqlen_q) - 1
+    begin = 0
+    full_begin = 0
+    if HAS_LEFT:
+        begin = tl.maximum(start_m + shift - window_left, 0) // BLOCK_N * BLOCK_N
+        full_begin = (tl.maximum(last_m + shift - window_left, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    end = seqlen_k
+    full_end = seqlen_k // BLOCK_N * BLOCK_N
+    if HAS_RIGHT:
+        end = tl.minimum(seqlen_k, last_m + shift + window_right + 1)
+        full_end = tl.minimum(full_end, tl.maximum(start_m + shift + window_right + 1, 0) // BLOCK_N * BLOCK_N)
+    full_begin = tl.minimum(full_begin, tl.maximum(end, 0))
+    full_end = tl.maximum(full_end, full_begin)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    k_base = K + k_row
+    v_base = V + v_row
+    q_pos = offs_m + shift
+    if HAS_LEFT:
+        acc, m_i, l_i = _attend(
+            acc, m_i, l_i, q, k_base, v_base, block_table_row, begin, full_begin, q_pos, seqlen_k, window_left, window_right,
+            scale_log2, softcap_log2, stride_k_b, stride_k_n, stride_v_b, stride_v_n, HEAD_DIM, V_HEAD_DIM, BLOCK_D,
+            BLOCK_DV, BLOCK_N, PAGE_SIZE, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PRECISION,
+        )  # fmt: skip
+    acc, m_i, l_i = _attend(
+        acc, m_i, l_i, q, k_base, v_base, block_table_row, full_begin, full_end, q_pos, seqlen_k, window_left, window_right,
+        scale_log2, softcap_log2, stride_k_b, stride_k_n, stride_v_b, stride_v_n, HEAD_DIM, V_HEAD_DIM, BLOCK_D,
+        BLOCK_DV, BLOCK_N, PAGE_SIZE, False, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PRECISION,
+    )  # fmt: skip
+    acc, m_i, l_i = _attend(
+        acc, m_i, l_i, q, k_base, v_base, block_table_row, full_end, end, q_pos, seqlen_k, window_left, window_right,
+        scale_log2, softcap_log2, stride_k_b, stride_k_n, stride_v_b, stride_v_n, HEAD_DIM, V_HEAD_DIM, BLOCK_D,
+        BLOCK_DV, BLOCK_N, PAGE_SIZE, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PRECISION,
+    )  # fmt: skip
+
+    sink = m_i
+    if HAS_SINK:
+        sink = tl.full([BLOCK_M], 0.0, tl.float32) + tl.load(sinks + head).to(tl.float32) * LOG2_E
+    out, lse = finish_softmax(acc, m_i, l_i, sink, HAS_SINK)
+    o_pointers = Out + o_row + head.to(tl.int64) * stride_o_h + offs_m.to(tl.int64)[:, None] * stride_o_m + offs_dv[None, :]
+    tl.store(o_pointers, out.to(Out.dtype.element_ty), mask=row_mask[:, None] & (offs_dv < V_HEAD_DIM)[None, :])
+    tl.store(Lse + lse_row + head.to(tl.int64) * stride_lse_h + offs_m, lse, mask=row_mask)
+
+
+def scale_and_softcap(softmax_scale: float, softcap: float) -> tuple[float, float]:
+    """The two factors of `primitives.scaled_scores`."""
+    if softcap > 0:
+        return 2.0 * LOG2_E.value * softmax_scale / softcap, softcap * LOG2_E.value
+    return softmax_scale * LOG2_E.value, 0.0
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """IEEE products for fp32 unless torch was told that TF32 will do; 16-bit inputs ignore it."""
+    return "ieee" if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def last_dim_contiguous(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def flash_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    causal: bool,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    s_aux: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launches `_flash_forward_kernel`; arguments and results as in `hf_paged_flash.ops.reference.flash_forward`."""
+    packed_q = cu_seqlens_q is not None
+    packed_k = k.dim() == 3
+    q, k, v = last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
+    num_heads, head_dim = q.shape[-2:]
+    num_kv_heads, v_head_dim = v.shape[-2:]
+    batch = cu_seqlens_q.numel() - 1 if packed_q else q.shape[0]
+    if packed_q:
+        out = q.new_empty(q.shape[0], num_heads, v_head_dim)
+        lse = q.new_empty(num_heads, q.shape[0], dtype=torch.float32)
+        lse_strides = (0, lse.stride(0))
+    else:
+        max_seqlen_q = q.shape[1]
+        out = q.new_empty(batch, max_seqlen_q, num_heads, v_head_dim)
+        lse = q.new_empty(batch, num_heads, max_seqlen_q, dtype=torch.float32)
+        lse_strides = (lse.stride(0), lse.stride(1))
+    if not (packed_k or block_table is not None):
+        max_seqlen_k = k.shape[1]
+    if out.numel() == 0:
+        return out, lse
+    if softmax_scale < 0:  # the kernel's running maximum is taken before the scale
+        q, softmax_scale = -q, -softmax_scale
+    if causal:
+        window_right = 0
+
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_dv = max(16, triton.next_power_of_2(v_head_dim))
+    tile = configs.forward_tile(block_d, block_dv, q.dtype, configs.device_of(q))
+    scale_log2, softcap_log2 = scale_and_softcap(softmax_scale, softcap)
+    grid = (num_heads, triton.cdiv(max_seqlen_q, tile.block_m), batch)
+    with torch.cuda.device_of(q):
+        _flash_forward_kernel[grid](
+            Q=q,
+            K=k,
+            V=v,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            seqused_k=seqused_k,
+            block_table=block_table,
+            sinks=s_aux,
+            Out=out,
+            Lse=lse,
+            stride_q_b=0 if packed_q else q.stride(0),
+            stride_q_m=q.stride(-3),
+            stride_q_h=q.stride(-2),
+            stride_k_b=0 if packed_k else k.stride(0),
+            stride_k_n=k.stride(-3),
+            stride_k_h=k.stride(-2),
+            stride_v_b=0 if packed_k else v.stride(0),
+            stride_v_n=v.stride(-3),
+            stride_v_h=v.stride(-2),
+            stride_o_b=0 if packed_q else out.stride(0),
+            stride_o_m=out.stride(-3),
+            stride_o_h=out.stride(-2),
+            stride_lse_b=lse_strides[0],
+            stride_lse_h=lse_strides[1],
+            stride_table=0 if block_table is None else block_table.stride(0),
+            max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k,
+            scale_log2=scale_log2,
+            softcap_log2=softcap_log2,
+            window_left=window_left,
+            window_right=window_right,
+            GROUP=num_heads // num_kv_heads,
+            HEAD_DIM=head_dim,
+            V_HEAD_DIM=v_head_dim,
+            PACKED_Q=packed_q,
+            PACKED_K=packed_k,
+            HAS_CU_K=cu_seqlens_k is not None,
+            HAS_SEQUSED=seqused_k is not None,
+            HAS_LEFT=window_left >= 0,
+            HAS_RIGHT=window_right >= 0,
+            HAS_SOFTCAP=softcap > 0,
+            HAS_SINK=s_aux is not None,
+            PRECISION=dot_precision(q.dtype),
+            PAGE_SIZE=0 if block_table is None else k.shape[1],
+            BLOCK_D=block_d,
+            BLOCK_DV=block_dv,
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+    return out, lse

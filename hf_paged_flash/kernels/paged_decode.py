@@ -1,0 +1,296 @@
+"""Decode attention: 1 to 16 query tokens a row over paged (or dense) keys, split over programs, then reduced."""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import configs
+from .flash_forward import dot_precision, last_dim_contiguous, scale_and_softcap
+from .primitives import (
+    LOG2_E,
+    finish_softmax,
+    load_tile,
+    online_softmax_update,
+    scaled_scores,
+    tile_pointers,
+    visible_keys,
+)
+
+
+@triton.jit
+def _paged_decode_kernel(
+    Q,
+    K,
+    V,
+    cache_seqlens,
+    block_table,
+    sinks,
+    Out,
+    Lse,
+    stride_q_b,
+    stride_q_m,
+    stride_q_h,
+    stride_k_b,
+    stride_k_n,
+    stride_k_h,
+    stride_v_b,
+    stride_v_n,
+    stride_v_h,
+    stride_table,
+    num_heads,
+    max_seqlen_k,
+    scale_log2,
+    softcap_log2,
+    window_left,
+    window_right,
+    SEQLEN_Q: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    V_HEAD_DIM: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SINK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    TILES_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Split `s` of row b and KV head h: O_s = softmax(S_s) V_s and lse_s over its share of the keys.
+
+    Flash-decoding (Dao, Haziza, Massa, Sizov 2023). A KV head's GROUP query heads times SEQLEN_Q tokens are the rows of
+    one tile, so that K and V are read once. Q (B, SEQLEN_Q, Hq, D); K, V blocks (num_blocks, PAGE_SIZE, Hkv, D | Dv)
+    or dense (B, Smax, Hkv, ·) with PAGE_SIZE 0. Grid (NUM_SPLITS, Hkv * TILES_M, B), whatever the lengths: they are
+    read on the device, an empty split writes lse -inf. With one split Out (B, SEQLEN_Q, Hq, Dv) and Lse
+    (B, Hq, SEQLEN_Q) are final, else fp32 partials (B, Hq, SEQLEN_Q, NUM_SPLITS, Dv) and (…, NUM_SPLITS), natural log.
+    """
+    split = tl.program_id(0)
+    head_k = tl.program_id(1) // TILES_M
+    tile_m = tl.program_id(1) % TILES_M
+    row = tl.program_id(2).to(tl.int64)
+    seqlen_k = tl.minimum(tl.maximum(tl.load(cache_seqlens + row), 0), max_seqlen_k)
+
+    offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    query = offs_m // GROUP
+    head = head_k * GROUP + offs_m % GROUP
+    row_mask = query < SEQLEN_Q
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    q_pointers = Q + row * stride_q_b + query[:, None] * stride_q_m + head[:, None] * stride_q_h + offs_d[None, :]
+    q = tl.load(q_pointers, mask=row_mask[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
+    q_pos = query + seqlen_k - SEQLEN_Q
+
+    first_tile = 0
+    end = seqlen_k
+    if HAS_LEFT:
+        first_tile = tl.maximum(seqlen_k - SEQLEN_Q - window_left, 0) // BLOCK_N
+    if HAS_RIGHT:
+        end = tl.minimum(seqlen_k, tl.maximum(seqlen_k + window_right, 0))
+    last_tile = (end + BLOCK_N - 1) // BLOCK_N
+    tiles = (last_tile - first_tile + NUM_SPLITS - 1) // NUM_SPLITS
+    begin = (first_tile + split * tiles) * BLOCK_N
+    end = tl.minimum(end, begin + tiles * BLOCK_N)
+
+    k_base = K + head_k.to(tl.int64) * stride_k_h
+    v_base = V + head_k.to(tl.int64) * stride_v_h
+    block_table_row = 0
+    if PAGE_SIZE > 0:
+        block_table_row = block_table + row * stride_table
+    else:
+        k_base += row * stride_k_b
+        v_base += row * stride_v_b
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    for start_n in range(begin, end, BLOCK_N):
+        rest = seqlen_k - start_n
+        k_pointers = tile_pointers(
+            k_base, block_table_row, start_n, offs_n, offs_d, seqlen_k, stride_k_b, stride_k_n, BLOCK_N, PAGE_SIZE, True
+        )
+        v_pointers = tile_pointers(
+            v_base, block_table_row, start_n, offs_n, offs_dv, seqlen_k, stride_v_b, stride_v_n, BLOCK_N, PAGE_SIZE, True
+        )
+        k = load_tile(k_pointers, offs_n, offs_d, rest, HEAD_DIM, BLOCK_D, True)
+        v = load_tile(v_pointers, offs_n, offs_dv, rest, V_HEAD_DIM, BLOCK_DV, True)
+        s = scaled_scores(q, k, scale_log2, softcap_log2, HAS_SOFTCAP, PRECISION)
+        mask = visible_keys(q_pos, start_n + offs_n, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT)
+        s = tl.where(mask, s, float("-inf"))
+        p, alpha, m_i, l_i = online_softmax_update(s, m_i, l_i, True)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+
+    HAS_FINAL_SINK: tl.constexpr = HAS_SINK and NUM_SPLITS == 1
+    sink = m_i
+    if HAS_FINAL_SINK:
+        sink = tl.load(sinks + head, mask=row_mask, other=0.0).to(tl.float32) * LOG2_E
+    out, lse = finish_softmax(acc, m_i, l_i, sink, HAS_FINAL_SINK)
+    if NUM_SPLITS == 1:
+        out_row = (row * SEQLEN_Q + query) * num_heads + head
+        lse_row = (row * num_heads + head) * SEQLEN_Q + query
+    else:
+        out_row = ((row * num_heads + head) * SEQLEN_Q + query) * NUM_SPLITS + split
+        lse_row = out_row
+    out_mask = row_mask[:, None] & (offs_dv < V_HEAD_DIM)[None, :]
+    tl.store(Out + out_row[:, None] * V_HEAD_DIM + offs_dv[None, :], out.to(Out.dtype.element_ty), mask=out_mask)
+    tl.store(Lse + lse_row, lse, mask=row_mask)
+
+
+@triton.jit
+def _reduce_splits_kernel(
+    PartialOut,
+    PartialLse,
+    sinks,
+    Out,
+    Lse,
+    num_heads,
+    SEQLEN_Q: tl.constexpr,
+    V_HEAD_DIM: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    HAS_SINK: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """O = sum_s exp(lse_s - lse) O_s with lse = ln sum_s exp(lse_s), a sink added to the sum.
+
+    PartialOut fp32 (B, Hq, SEQLEN_Q, NUM_SPLITS, Dv), PartialLse (…, NUM_SPLITS); Out (B, SEQLEN_Q, Hq, Dv), Lse
+    (B, Hq, SEQLEN_Q). Grid (B * Hq * SEQLEN_Q,). The order of the sum is fixed: results do not vary from run to run.
+    """
+    index = tl.program_id(0).to(tl.int64)
+    query = index % SEQLEN_Q
+    head = index // SEQLEN_Q % num_heads
+    row = index // SEQLEN_Q // num_heads
+    offs_s = tl.arange(0, BLOCK_S)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    lse_s = tl.load(PartialLse + index * NUM_SPLITS + offs_s, mask=offs_s < NUM_SPLITS, other=float("-inf"))
+    m_i = tl.max(lse_s, 0)
+    no_key = m_i == float("-inf")
+    m_i = tl.where(no_key, 0.0, m_i)
+    if HAS_SINK:
+        sink = tl.load(sinks + head).to(tl.float32)
+        m_i = tl.maximum(m_i, sink)
+    weights = tl.exp(lse_s - m_i)
+    l_i = tl.sum(weights, 0)
+    if HAS_SINK:
+        l_i += tl.exp(sink - m_i)
+    l_safe = tl.where(no_key, 1.0, l_i)
+    # an empty split's partial output was written as 0, its weight is 0
+    mask = (offs_s < NUM_SPLITS)[:, None] & (offs_dv < V_HEAD_DIM)[None, :]
+    pointers = PartialOut + (index * NUM_SPLITS + offs_s)[:, None] * V_HEAD_DIM + offs_dv[None, :]
+    out = tl.sum(tl.load(pointers, mask=mask, other=0.0) * weights[:, None], 0) / l_safe
+    out_row = (row * SEQLEN_Q + query) * num_heads + head
+    tl.store(Out + out_row * V_HEAD_DIM + offs_dv, out.to(Out.dtype.element_ty), mask=offs_dv < V_HEAD_DIM)
+    tl.store(Lse + index, tl.where(no_key, float("-inf"), m_i + tl.log(l_safe)))
+
+
+def paged_decode(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    *,
+    cache_seqlens: torch.Tensor,
+    block_table: torch.Tensor | None = None,
+    softmax_scale: float,
+    causal: bool,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    s_aux: torch.Tensor | None = None,
+    num_splits: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launches the split and the reduce kernel; arguments and results as in `hf_paged_flash.ops.reference.paged_decode`.
+
+    `num_splits` 0 chooses from the SM count and the table's width; no length is read on the host.
+    """
+    q = last_dim_contiguous(q)
+    batch, seqlen_q, num_heads, head_dim = q.shape
+    num_kv_heads, v_head_dim = v_cache.shape[-2:]
+    group = num_heads // num_kv_heads
+    out = q.new_empty(batch, seqlen_q, num_heads, v_head_dim)
+    lse = q.new_empty(batch, num_heads, seqlen_q, dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse
+    page_size = 0 if block_table is None else k_cache.shape[1]
+    max_seqlen_k = k_cache.shape[1] if block_table is None else block_table.shape[1] * page_size
+    if softmax_scale < 0:  # the kernel's running maximum is taken before the scale
+        q, softmax_scale = -q, -softmax_scale
+    if causal:
+        window_right = 0
+
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_dv = max(16, triton.next_power_of_2(v_head_dim))
+    device = configs.device_of(q)
+    tile = configs.decode_tile(block_d, block_dv, seqlen_q * group, q.dtype, device)
+    tiles_m = triton.cdiv(seqlen_q * group, tile.block_m)
+    if num_splits <= 0:
+        num_splits = configs.decode_splits(batch, batch * num_kv_heads * tiles_m, max_seqlen_k, tile.block_n, device)
+    partial_out, partial_lse = out, lse
+    if num_splits > 1:
+        partial_out = q.new_empty(batch, num_heads, seqlen_q, num_splits, v_head_dim, dtype=torch.float32)
+        partial_lse = q.new_empty(batch, num_heads, seqlen_q, num_splits, dtype=torch.float32)
+    scale_log2, softcap_log2 = scale_and_softcap(softmax_scale, softcap)
+    with torch.cuda.device_of(q):
+        _paged_decode_kernel[(num_splits, num_kv_heads * tiles_m, batch)](
+            Q=q,
+            K=k_cache,
+            V=v_cache,
+            cache_seqlens=cache_seqlens,
+            block_table=block_table,
+            sinks=s_aux,
+            Out=partial_out,
+            Lse=partial_lse,
+            stride_q_b=q.stride(0),
+            stride_q_m=q.stride(1),
+            stride_q_h=q.stride(2),
+            stride_k_b=k_cache.stride(0),
+            stride_k_n=k_cache.stride(1),
+            stride_k_h=k_cache.stride(2),
+            stride_v_b=v_cache.stride(0),
+            stride_v_n=v_cache.stride(1),
+            stride_v_h=v_cache.stride(2),
+            stride_table=0 if block_table is None else block_table.stride(0),
+            num_heads=num_heads,
+            max_seqlen_k=max_seqlen_k,
+            scale_log2=scale_log2,
+            softcap_log2=softcap_log2,
+            window_left=window_left,
+            window_right=window_right,
+            SEQLEN_Q=seqlen_q,
+            GROUP=group,
+            HEAD_DIM=head_dim,
+            V_HEAD_DIM=v_head_dim,
+            NUM_SPLITS=num_splits,
+            HAS_LEFT=window_left >= 0,
+            HAS_RIGHT=window_right >= 0,
+            HAS_SOFTCAP=softcap > 0,
+            HAS_SINK=s_aux is not None,
+            PRECISION=dot_precision(q.dtype),
+            PAGE_SIZE=page_size,
+            TILES_M=tiles_m,
+            BLOCK_D=block_d,
+            BLOCK_DV=block_dv,
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+        if num_splits > 1:
+            _reduce_splits_kernel[(batch * num_heads * seqlen_q,)](
+                PartialOut=partial_out,
+                PartialLse=partial_lse,
+                sinks=s_aux,
+                Out=out,
+                Lse=lse,
+                num_heads=num_heads,
+                SEQLEN_Q=seqlen_q,
+                V_HEAD_DIM=v_head_dim,
+                NUM_SPLITS=num_splits,
+                HAS_SINK=s_aux is not None,
+                BLOCK_S=triton.next_power_of_2(num_splits),
+                BLOCK_DV=block_dv,
+                num_warps=4,
+            )
+    return out, lse

@@ -1,0 +1,127 @@
+"""Mathematics and addressing that the attention kernels share."""
+
+import triton
+import triton.language as tl
+
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def scaled_scores(q, k, scale_log2, softcap_log2, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+    """Scores in units of log2: `scale * q @ k^T * log2(e)`, or `softcap * tanh(scale * q @ k^T / softcap) * log2(e)`.
+
+    q (M, D), k (N, D); `scale_log2` is scale * log2(e), with a softcap 2 * scale / softcap * log2(e).
+    """
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if HAS_SOFTCAP:
+        # tanh(x) = 1 - 2 / (1 + e^2x) saturates without overflow at both ends
+        s = softcap_log2 * (1.0 - 2.0 / (1.0 + tl.exp2(s * scale_log2)))
+    else:
+        s = s * scale_log2
+    return s
+
+
+@triton.jit
+def visible_keys(
+    q_pos, k_pos, seqlen_k, window_left, window_right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr
+):
+    """Mask (M, N): key inside the sequence and inside `[q_pos - window_left, q_pos + window_right]`.
+
+    q_pos (M,) and k_pos (N,) are positions in the keys' sequence; causal is `window_right == 0`.
+    """
+    mask = (k_pos < seqlen_k)[None, :]
+    if HAS_RIGHT:
+        mask = mask & (k_pos[None, :] <= q_pos[:, None] + window_right)
+    if HAS_LEFT:
+        mask = mask & (k_pos[None, :] >= q_pos[:, None] - window_left)
+    return mask
+
+
+@triton.jit
+def online_softmax_update(s, m_i, l_i, MASKED: tl.constexpr):
+    """One step of the online softmax (Milakov & Gimelshein 2018; FlashAttention, algorithm 1), in base 2.
+
+    s (M, N) scores in log2 units, m_i (M,) running maximum, l_i (M,) running sum.
+    Returns p = 2^(s - m'), the factor 2^(m_i - m') by which earlier sums shrink, m' and l'.
+    """
+    m_new = tl.maximum(m_i, tl.max(s, 1))
+    if MASKED:
+        # a row that has seen no key yet keeps m_i = -inf: subtract 0 instead, so that 2^-inf = 0 and never NaN
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    else:
+        m_safe = m_new
+    p = tl.exp2(s - m_safe[:, None])
+    alpha = tl.exp2(m_i - m_safe)
+    return p, alpha, m_new, l_i * alpha + tl.sum(p, 1)
+
+
+@triton.jit
+def tile_pointers(
+    base,
+    block_table_row,
+    start_n,
+    offs_n,
+    offs_d,
+    seqlen_k,
+    stride_block,
+    stride_n,
+    BLOCK_N: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    CHECK_N: tl.constexpr,
+):
+    """Pointers (BLOCK_N, D) to keys or values `start_n ..`, contiguous (PAGE_SIZE 0) or through the block table.
+
+    Token t of a row lies in block `block_table_row[t // PAGE_SIZE]` at offset `t % PAGE_SIZE`. `start_n` is a multiple
+    of BLOCK_N. 64-bit wherever a pool can pass 2^31 elements. CHECK_N: tokens past `seqlen_k` have no block.
+    """
+    if PAGE_SIZE == 0:
+        pointers = base + tl.cast(start_n, tl.int64) * stride_n + (offs_n[:, None] * stride_n + offs_d[None, :])
+    elif PAGE_SIZE >= BLOCK_N:
+        block = tl.load(block_table_row + start_n // PAGE_SIZE).to(tl.int64)
+        first = block * stride_block + tl.cast(start_n % PAGE_SIZE, tl.int64) * stride_n
+        pointers = base + first + (offs_n[:, None] * stride_n + offs_d[None, :])
+    else:
+        tokens = start_n + offs_n
+        if CHECK_N:
+            blocks = tl.load(block_table_row + tokens // PAGE_SIZE, mask=tokens < seqlen_k, other=0)
+        else:
+            blocks = tl.load(block_table_row + tokens // PAGE_SIZE)
+        rows = blocks.to(tl.int64) * stride_block + (tokens % PAGE_SIZE) * stride_n
+        pointers = base + rows[:, None] + offs_d[None, :]
+    return pointers
+
+
+@triton.jit
+def load_tile(
+    pointers, offs_n, offs_d, limit_n, D: tl.constexpr, BLOCK_D: tl.constexpr, CHECK_N: tl.constexpr
+):
+    """A tile (N, BLOCK_D); rows from `limit_n` on (CHECK_N) and columns from D on read as 0."""
+    if CHECK_N and D != BLOCK_D:
+        tile = tl.load(pointers, mask=(offs_n < limit_n)[:, None] & (offs_d < D)[None, :], other=0.0)
+    elif CHECK_N:
+        tile = tl.load(pointers, mask=(offs_n < limit_n)[:, None], other=0.0)
+    elif D != BLOCK_D:
+        tile = tl.load(pointers, mask=(offs_d < D)[None, :], other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def finish_softmax(acc, m_i, l_i, sink, HAS_SINK: tl.constexpr):
+    """Normalised output (M, Dv) and natural-log lse (M,); `sink` (M,) in log2 units takes part in the denominator only.
+
+    A row that saw no key gives 0 and -inf, with a sink too.
+    """
+    no_key = m_i == float("-inf")
+    if HAS_SINK:
+        m_new = tl.maximum(m_i, sink)
+        shrink = tl.exp2(m_i - m_new)
+        l_i = l_i * shrink + tl.exp2(sink - m_new)
+        acc = acc * shrink[:, None]
+        m_i = m_new
+    l_safe = tl.where(no_key, 1.0, l_i)
+    out = tl.where(no_key[:, None], 0.0, acc / l_safe[:, None])
+    lse = tl.where(no_key, float("-inf"), (m_i + tl.log2(l_safe)) * LN_2)
+    return out, lse
