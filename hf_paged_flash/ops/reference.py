@@ -1,0 +1,344 @@
+"""Attention, paged decode and the K/V store in plain torch: the oracle of the kernels' tests and the CPU path.
+
+O = softmax(mask(cap(scale * Q K^T))) V, computed in fp32 (fp64 for fp64 inputs), in chunks of queries, so that no
+S x S tensor exists for long inputs. The functions have the keyword signatures of the kernels' launchers.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+
+# Elements of one chunk's score matrix: 16 MiB in fp32.
+_CHUNK_ELEMENTS = 1 << 22
+_MIN_CHUNK = 16
+# Ragged rows are padded into one batch below this many score elements, whatever the padding costs.
+_SMALL_BATCH_ELEMENTS = 1 << 20
+
+
+class _Scoring(NamedTuple):
+    """What turns Q K^T into probabilities; window bounds -1 = unbounded."""
+
+    softmax_scale: float
+    window_left: int
+    window_right: int
+    softcap: float
+    s_aux: torch.Tensor | None
+
+
+class _Keys(NamedTuple):
+    """Keys and values in one of three layouts, and how many of them each row uses.
+
+    Dense (B, Sk, Hkv, D | Dv): `starts` and `block_table` are None. Packed (Tk, Hkv, D | Dv): row b begins at
+    `starts[b]`. Paged (num_blocks, block_size, Hkv, D | Dv): row b's blocks are `block_table[b]`.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    lengths: list[int]
+    starts: list[int] | None
+    block_table: torch.Tensor | None
+
+
+@torch.no_grad()
+def flash_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    causal: bool,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    s_aux: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over dense, packed or paged keys: flash-attn 2's semantics, with sinks and flash-attn 3's `seqused_k`.
+
+    Query i of a row with Sq queries and Sk keys sits at position i + Sk - Sq. It sees key j if j < Sk and, unless
+    unbounded (-1), position - window_left <= j <= position + window_right; `causal` means window_right = 0.
+
+    Args:
+        q: dense (B, Sq, Hq, D) or, with `cu_seqlens_q`, packed (Tq, Hq, D).
+        k, v: dense (B, Sk, Hkv, D | Dv); packed (Tk, Hkv, D | Dv) with `cu_seqlens_k`; or paged
+            (num_blocks, block_size, Hkv, D | Dv) with `block_table`. Hq is a multiple of Hkv.
+        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32, where each packed row begins, and the end.
+        seqused_k: (B,) int32, keys of each row that are used; below 0 counts as 0. Paged keys take their lengths from
+            here, or from the differences of `cu_seqlens_k`.
+        block_table: (B, max_blocks) int32; -1 = no block there, its keys are invisible.
+        max_seqlen_q, max_seqlen_k: upper bounds; the launcher needs them, the reference does not.
+        softmax_scale: factor on Q K^T.
+        softcap: if > 0, scores become softcap * tanh(score / softcap), before masking.
+        s_aux: (Hq,), one logit a head that takes part in the softmax's denominator only.
+
+    Returns:
+        out in q's layout with Dv, in q's dtype; lse, natural log, fp32 (fp64 for fp64 inputs), (B, Hq, Sq) or packed
+        (Hq, Tq). A query that sees no key gives out 0 and lse -inf, with a sink too.
+    """
+    keys = _keys(k, v, q, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table)
+    scoring = _Scoring(softmax_scale, window_left, 0 if causal else window_right, softcap, s_aux)
+    compute_dtype = torch.promote_types(q.dtype, torch.float32)
+    out = q.new_zeros((*q.shape[:-1], v.shape[-1]))
+    if cu_seqlens_q is None:
+        lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"), dtype=compute_dtype)
+    else:
+        lse = q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=compute_dtype)
+    with _without_autocast(q):
+        if cu_seqlens_q is None:
+            _dense_queries(q, keys, scoring, out, lse)
+        else:
+            _packed_queries(q, cu_seqlens_q.tolist(), keys, scoring, out, lse)
+    return out, lse
+
+
+def paged_decode(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    *,
+    cache_seqlens: torch.Tensor,
+    block_table: torch.Tensor | None = None,
+    softmax_scale: float,
+    causal: bool,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    s_aux: torch.Tensor | None = None,
+    num_splits: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`flash_forward` of a few new tokens a row over a K/V cache.
+
+    Args:
+        q: (B, Sq, Hq, D).
+        k_cache, v_cache: paged (num_blocks, block_size, Hkv, D | Dv) with `block_table` (B, max_blocks) int32, or
+            dense (B, Smax, Hkv, D | Dv).
+        cache_seqlens: (B,) int32, tokens in the cache, the Sq new ones included; below 0 counts as 0.
+        num_splits: how the kernel divides the keys; the reference does not.
+        The rest as in `flash_forward`.
+
+    Returns:
+        out (B, Sq, Hq, Dv) in q's dtype; lse (B, Hq, Sq).
+    """
+    return flash_forward(
+        q,
+        k_cache,
+        v_cache,
+        seqused_k=cache_seqlens,
+        block_table=block_table,
+        max_seqlen_q=q.shape[1],
+        max_seqlen_k=k_cache.shape[1] * (1 if block_table is None else block_table.shape[1]),
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_left=window_left,
+        window_right=window_right,
+        softcap=softcap,
+        s_aux=s_aux,
+    )
+
+
+@torch.no_grad()
+def store_kv(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    """Write new keys and values into their slots of the paged cache, in place.
+
+    Args:
+        k, v: (B, S, Hkv, D | Dv) or (T, Hkv, D | Dv), any strides.
+        k_cache, v_cache: (num_blocks, block_size, Hkv, D | Dv), any strides, the dtype of k and v.
+        slot_mapping: (B * S,) int64, block * block_size + offset of each token; -1 = don't store it.
+    """
+    k = k.reshape(-1, *k.shape[-2:])
+    v = v.reshape(-1, *v.shape[-2:])
+    stored = slot_mapping >= 0
+    if not bool(stored.all()):
+        k, v, slot_mapping = k[stored], v[stored], slot_mapping[stored]
+    block_size = k_cache.shape[1]
+    slots = (slot_mapping // block_size, slot_mapping % block_size)
+    k_cache[slots] = k
+    v_cache[slots] = v
+
+
+def _without_autocast(tensor):
+    # Autocast would take the matmuls of this file to bf16.
+    device_type = tensor.device.type
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+
+
+def _keys(k, v, q, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table) -> _Keys:
+    starts, rows, room = None, q.shape[0], k.shape[1]
+    if cu_seqlens_q is not None:
+        rows = cu_seqlens_q.numel() - 1
+    if block_table is not None:
+        room *= block_table.shape[1]
+    lengths = [room] * rows
+    if cu_seqlens_k is not None:
+        bounds = cu_seqlens_k.tolist()
+        differences = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
+        starts = bounds[:-1] if block_table is None else None
+        lengths = differences if block_table is None else [min(n, room) for n in differences]
+    if seqused_k is not None:
+        limits = lengths if block_table is None else [room] * rows
+        lengths = [max(0, min(used, limit)) for used, limit in zip(seqused_k.tolist(), limits, strict=True)]
+    return _Keys(k, v, lengths, starts, block_table)
+
+
+def _one_batch(q_lengths: list[int], k_lengths: list[int], heads: int) -> bool:
+    """Whether rows are padded into one batch: they are equal, few, or padding at most doubles the work."""
+    padded = len(q_lengths) * max(q_lengths, default=0) * max(k_lengths, default=0)
+    exact = sum(m * n for m, n in zip(q_lengths, k_lengths, strict=True))
+    return padded <= 2 * exact or padded * heads <= _SMALL_BATCH_ELEMENTS
+
+
+def _dense_queries(q, keys: _Keys, scoring: _Scoring, out, lse) -> None:
+    rows, seqlen_q = q.shape[:2]
+    q_lengths = [seqlen_q] * rows
+    step = max(rows, 1) if _one_batch(q_lengths, keys.lengths, q.shape[2]) else 1
+    for b in range(0, rows, step):
+        picked = slice(b, b + step)
+        _attend_rows(q[picked], keys, picked, q_lengths[picked], scoring, out[picked], lse[picked])
+
+
+def _packed_queries(q, bounds: list[int], keys: _Keys, scoring: _Scoring, out, lse) -> None:
+    starts = bounds[:-1]
+    lengths = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
+    if not lengths or max(lengths) == 0:
+        return
+    if len(lengths) == 1 or not _one_batch(lengths, keys.lengths, q.shape[1]):
+        for b, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+            row = slice(start, start + length)
+            _attend_rows(q[None, row], keys, slice(b, b + 1), [length], scoring, out[None, row], lse[None, :, row])
+        return
+    index, real = _row_index(starts, lengths, q.shape[0], q.device)
+    padded_q = q[index]
+    padded_out = padded_q.new_zeros((*padded_q.shape[:-1], out.shape[-1]))
+    padded_lse = lse.new_full((len(lengths), q.shape[1], index.shape[1]), float("-inf"))
+    _attend_rows(padded_q, keys, slice(0, len(lengths)), lengths, scoring, padded_out, padded_lse)
+    out[index[real]] = padded_out[real]
+    lse[:, index[real]] = padded_lse.transpose(0, 1)[:, real]
+
+
+def _row_index(starts: list[int], lengths: list[int], total: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices (R, max length) of each row's tokens in a packed tensor, and which of them are real."""
+    offsets = torch.arange(max(lengths), device=device)
+    index = torch.tensor(starts, device=device)[:, None] + offsets
+    real = offsets < torch.tensor(lengths, device=device)[:, None]
+    return index.clamp_(max=total - 1), real
+
+
+def _attend_rows(q, keys: _Keys, batch: slice, q_lengths: list[int], scoring: _Scoring, out, lse) -> None:
+    """Attention of the rows `batch`: q (R, Sq, Hq, D), out (R, Sq, Hq, Dv), lse (R, Hq, Sq), each a view or padded."""
+    lengths = keys.lengths[batch]
+    if not q.numel() or max(lengths) == 0:
+        return
+    offsets = [length - seqlen_q for length, seqlen_q in zip(lengths, q_lengths, strict=True)]
+    first = max(0, min(offsets) - scoring.window_left) if scoring.window_left >= 0 else 0
+    k, v, valid, first = _gather(keys, batch, lengths, first)
+    k, v = (_head_major(x, lse.dtype) for x in (k, v))
+    if valid is not None:
+        # 0 * NaN is NaN: a value that no query sees may be anything.
+        v = v.masked_fill(~valid[:, None, :, None], 0.0)
+    _attend(q, k, v, valid, [offset - first for offset in offsets], scoring, out, lse)
+
+
+def _head_major(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    # (R, Sk, Hkv, D) -> (R, Hkv, Sk, D), contiguous: matmul would otherwise copy it again for every chunk.
+    return x.permute(0, 2, 1, 3).to(dtype, memory_format=torch.contiguous_format).contiguous()
+
+
+def _gather(keys: _Keys, batch: slice, lengths: list[int], first: int):
+    """Keys and values [first', max length) of the rows, `first'` <= `first`.
+
+    Returns k (R, Sk, Hkv, D), v (R, Sk, Hkv, Dv), valid (R, Sk) bool or None if all are, and first'.
+    """
+    stop = max(lengths)
+    device = keys.k.device
+    present = None
+    if keys.block_table is not None:
+        block_size = keys.k.shape[1]
+        first_block = first // block_size
+        first = first_block * block_size
+        table = keys.block_table[batch, first_block : -(-stop // block_size)].long()
+        blocks = table.clamp(min=0)
+        k, v = (x[blocks].flatten(1, 2)[:, : stop - first] for x in (keys.k, keys.v))
+        if bool((table < 0).any()):
+            present = (table >= 0).repeat_interleave(block_size, 1)[:, : stop - first]
+    elif keys.starts is None:
+        k, v = (x[batch, first:stop] for x in (keys.k, keys.v))
+    elif len(lengths) == 1:
+        start = keys.starts[batch.start]
+        k, v = (x[None, start + first : start + stop] for x in (keys.k, keys.v))
+    else:
+        starts = [start + first for start in keys.starts[batch]]
+        index, _ = _row_index(starts, [length - first for length in lengths], keys.k.shape[0], device)
+        k, v = keys.k[index], keys.v[index]
+    if min(lengths) == stop:
+        return k, v, present, first
+    valid = torch.arange(first, stop, device=device) < torch.tensor(lengths, device=device)[:, None]
+    return k, v, valid if present is None else valid & present, first
+
+
+def _attend(q, k, v, valid, offsets: list[int], scoring: _Scoring, out, lse) -> None:
+    """Chunks of queries. q (R, Sq, Hq, D), k (R, Hkv, Sk, D), v (R, Hkv, Sk, Dv), query i at key `offsets[r] + i`."""
+    rows, seqlen_q, heads, _ = q.shape
+    kv_heads, seqlen_k = k.shape[1:3]
+    left, right = scoring.window_left, scoring.window_right
+    lowest, highest = min(offsets), max(offsets)
+    offset = torch.tensor([lowest] if lowest == highest else offsets, device=q.device)[:, None]
+    sink = None if scoring.s_aux is None else scoring.s_aux.to(lse.dtype).view(kv_heads, -1, 1)
+    chunk = max(_MIN_CHUNK, _CHUNK_ELEMENTS // (rows * heads * seqlen_k))
+    for start in range(0, seqlen_q, chunk):
+        stop = min(start + chunk, seqlen_q)
+        first = max(0, start + lowest - left) if left >= 0 else 0
+        last = min(seqlen_k, stop + highest + right) if right >= 0 else seqlen_k
+        if first >= last:
+            continue
+        q_chunk = q[:, start:stop].to(lse.dtype).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
+        # (R, Hkv, G * C, K): the query heads of a group share one matmul
+        scores = torch.matmul(q_chunk.flatten(2, 3) * scoring.softmax_scale, k[:, :, first:last].mT)
+        scores = scores.unflatten(2, (-1, stop - start))
+        if scoring.softcap > 0.0:
+            scores.div_(scoring.softcap).tanh_().mul_(scoring.softcap)
+        hidden = None if valid is None else ~valid[:, None, first:last]
+        position = torch.arange(start, stop, device=q.device) + offset
+        key = torch.arange(first, last, device=q.device)
+        if right >= 0 and start + lowest + right < last - 1:
+            late = key > position[:, :, None] + right
+            hidden = late if hidden is None else hidden | late
+        if left >= 0 and stop - 1 + highest - left > first:
+            early = key < position[:, :, None] - left
+            hidden = early if hidden is None else hidden | early
+        if hidden is not None:
+            scores.masked_fill_(hidden[:, None, None], float("-inf"))
+        chunk_out, chunk_lse = _softmax_matmul(scores, v[:, :, first:last], sink)
+        # (R, Hkv, G, C, Dv) -> (R, C, Hq, Dv)
+        out[:, start:stop] = chunk_out.permute(0, 3, 1, 2, 4).flatten(2, 3)
+        lse[:, :, start:stop] = chunk_lse.flatten(1, 2)
+
+
+def _softmax_matmul(scores: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None):
+    """softmax(scores) V and lse; scores (R, Hkv, G, C, K) is overwritten, v (R, Hkv, K, Dv), sink (Hkv, G, 1)."""
+    highest = scores.amax(-1)
+    sees_none = highest == float("-inf")
+    if sink is not None:
+        highest = torch.maximum(highest, sink)
+    highest = highest.masked_fill(sees_none, 0.0)
+    scores.sub_(highest.unsqueeze(-1)).exp_()
+    total = scores.sum(-1)
+    if sink is not None:
+        total = total + torch.exp(sink - highest)
+    total = total.masked_fill(sees_none, 1.0)
+    out = torch.matmul(scores.flatten(2, 3), v).unflatten(2, scores.shape[2:4])
+    lse = (highest + total.log()).masked_fill(sees_none, float("-inf"))
+    return out / total.unsqueeze(-1), lse
