@@ -39,6 +39,7 @@ def _paged_decode_kernel(
     stride_table,
     num_heads,
     max_seqlen_k,
+    num_splits,
     scale_log2,
     softcap_log2,
     window_left,
@@ -47,7 +48,7 @@ def _paged_decode_kernel(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -64,9 +65,9 @@ def _paged_decode_kernel(
 
     Flash-decoding (Dao, Haziza, Massa, Sizov 2023). A KV head's GROUP query heads times SEQLEN_Q tokens are the rows of
     one tile, so that K and V are read once. Q (B, SEQLEN_Q, Hq, D); K, V blocks (num_blocks, PAGE_SIZE, Hkv, D | Dv)
-    or dense (B, Smax, Hkv, ·) with PAGE_SIZE 0. Grid (NUM_SPLITS, Hkv * TILES_M, B), whatever the lengths: they are
+    or dense (B, Smax, Hkv, ·) with PAGE_SIZE 0. Grid (num_splits, Hkv * TILES_M, B), whatever the lengths: they are
     read on the device, an empty split writes lse -inf. With one split Out (B, SEQLEN_Q, Hq, Dv) and Lse
-    (B, Hq, SEQLEN_Q) are final, else fp32 partials (B, Hq, SEQLEN_Q, NUM_SPLITS, Dv) and (…, NUM_SPLITS), natural log.
+    (B, Hq, SEQLEN_Q) are final, else fp32 partials (B, Hq, SEQLEN_Q, num_splits, Dv) and (…, num_splits), natural log.
     """
     split = tl.program_id(0)
     head_k = tl.program_id(1) // TILES_M
@@ -92,7 +93,7 @@ def _paged_decode_kernel(
     if HAS_RIGHT:
         end = tl.minimum(seqlen_k, tl.maximum(seqlen_k + window_right, 0))
     last_tile = (end + BLOCK_N - 1) // BLOCK_N
-    tiles = (last_tile - first_tile + NUM_SPLITS - 1) // NUM_SPLITS
+    tiles = (last_tile - first_tile + num_splits - 1) // num_splits
     begin = (first_tile + split * tiles) * BLOCK_N
     end = tl.minimum(end, begin + tiles * BLOCK_N)
 
@@ -123,17 +124,17 @@ def _paged_decode_kernel(
         p, alpha, m_i, l_i = online_softmax_update(s, m_i, l_i, True)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
 
-    HAS_FINAL_SINK: tl.constexpr = HAS_SINK and NUM_SPLITS == 1
+    HAS_FINAL_SINK: tl.constexpr = HAS_SINK and not SPLIT
     sink = m_i
     if HAS_FINAL_SINK:
         sink = tl.load(sinks + head, mask=row_mask, other=0.0).to(tl.float32) * LOG2_E
     out, lse = finish_softmax(acc, m_i, l_i, sink, HAS_FINAL_SINK)
-    if NUM_SPLITS == 1:
+    if SPLIT:
+        out_row = ((row * num_heads + head) * SEQLEN_Q + query) * num_splits + split
+        lse_row = out_row
+    else:
         out_row = (row * SEQLEN_Q + query) * num_heads + head
         lse_row = (row * num_heads + head) * SEQLEN_Q + query
-    else:
-        out_row = ((row * num_heads + head) * SEQLEN_Q + query) * NUM_SPLITS + split
-        lse_row = out_row
     out_mask = row_mask[:, None] & (offs_dv < V_HEAD_DIM)[None, :]
     tl.store(Out + out_row[:, None] * V_HEAD_DIM + offs_dv[None, :], out.to(Out.dtype.element_ty), mask=out_mask)
     tl.store(Lse + lse_row, lse, mask=row_mask)
@@ -147,43 +148,42 @@ def _reduce_splits_kernel(
     Out,
     Lse,
     num_heads,
+    num_splits,
     SEQLEN_Q: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
     HAS_SINK: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
     """O = sum_s exp(lse_s - lse) O_s with lse = ln sum_s exp(lse_s), a sink added to the sum.
 
-    PartialOut fp32 (B, Hq, SEQLEN_Q, NUM_SPLITS, Dv), PartialLse (…, NUM_SPLITS); Out (B, SEQLEN_Q, Hq, Dv), Lse
+    PartialOut fp32 (B, Hq, SEQLEN_Q, num_splits, Dv), PartialLse (…, num_splits); Out (B, SEQLEN_Q, Hq, Dv), Lse
     (B, Hq, SEQLEN_Q). Grid (B * Hq * SEQLEN_Q,). The order of the sum is fixed: results do not vary from run to run.
     """
     index = tl.program_id(0).to(tl.int64)
     query = index % SEQLEN_Q
     head = index // SEQLEN_Q % num_heads
     row = index // SEQLEN_Q // num_heads
-    offs_s = tl.arange(0, BLOCK_S)
     offs_dv = tl.arange(0, BLOCK_DV)
-    lse_s = tl.load(PartialLse + index * NUM_SPLITS + offs_s, mask=offs_s < NUM_SPLITS, other=float("-inf"))
-    m_i = tl.max(lse_s, 0)
-    no_key = m_i == float("-inf")
-    m_i = tl.where(no_key, 0.0, m_i)
+    m_i = tl.full([1], float("-inf"), tl.float32)
+    l_i = tl.zeros([1], tl.float32)
+    acc = tl.zeros([1, BLOCK_DV], tl.float32)
+    for start_s in range(0, num_splits, BLOCK_S):
+        offs_s = start_s + tl.arange(0, BLOCK_S)
+        lse_s = tl.load(PartialLse + index * num_splits + offs_s, mask=offs_s < num_splits, other=float("-inf"))
+        weights, alpha, m_i, l_i = online_softmax_update((lse_s * LOG2_E)[None, :], m_i, l_i, True)
+        # an empty split wrote a partial output of 0, its weight is 0
+        mask = (offs_s < num_splits)[:, None] & (offs_dv < V_HEAD_DIM)[None, :]
+        partial = tl.load(PartialOut + (index * num_splits + offs_s)[:, None] * V_HEAD_DIM + offs_dv[None, :], mask, 0.0)
+        acc = acc * alpha[:, None] + tl.sum(partial * tl.trans(weights), 0)[None, :]
+    sink = m_i
     if HAS_SINK:
-        sink = tl.load(sinks + head).to(tl.float32)
-        m_i = tl.maximum(m_i, sink)
-    weights = tl.exp(lse_s - m_i)
-    l_i = tl.sum(weights, 0)
-    if HAS_SINK:
-        l_i += tl.exp(sink - m_i)
-    l_safe = tl.where(no_key, 1.0, l_i)
-    # an empty split's partial output was written as 0, its weight is 0
-    mask = (offs_s < NUM_SPLITS)[:, None] & (offs_dv < V_HEAD_DIM)[None, :]
-    pointers = PartialOut + (index * NUM_SPLITS + offs_s)[:, None] * V_HEAD_DIM + offs_dv[None, :]
-    out = tl.sum(tl.load(pointers, mask=mask, other=0.0) * weights[:, None], 0) / l_safe
+        sink = tl.load(sinks + head + tl.arange(0, 1)).to(tl.float32) * LOG2_E
+    out, lse = finish_softmax(acc, m_i, l_i, sink, HAS_SINK)
     out_row = (row * SEQLEN_Q + query) * num_heads + head
-    tl.store(Out + out_row * V_HEAD_DIM + offs_dv, out.to(Out.dtype.element_ty), mask=offs_dv < V_HEAD_DIM)
-    tl.store(Lse + index, tl.where(no_key, float("-inf"), m_i + tl.log(l_safe)))
+    offs_out = out_row * V_HEAD_DIM + offs_dv[None, :]
+    tl.store(Out + offs_out, out.to(Out.dtype.element_ty), mask=(offs_dv < V_HEAD_DIM)[None, :])
+    tl.store(Lse + index + tl.arange(0, 1), lse)
 
 
 def paged_decode(
@@ -254,6 +254,7 @@ def paged_decode(
             stride_table=0 if block_table is None else block_table.stride(0),
             num_heads=num_heads,
             max_seqlen_k=max_seqlen_k,
+            num_splits=num_splits,
             scale_log2=scale_log2,
             softcap_log2=softcap_log2,
             window_left=window_left,
@@ -262,7 +263,7 @@ def paged_decode(
             GROUP=group,
             HEAD_DIM=head_dim,
             V_HEAD_DIM=v_head_dim,
-            NUM_SPLITS=num_splits,
+            SPLIT=num_splits > 1,
             HAS_LEFT=window_left >= 0,
             HAS_RIGHT=window_right >= 0,
             HAS_SOFTCAP=softcap > 0,
@@ -285,11 +286,11 @@ def paged_decode(
                 Out=out,
                 Lse=lse,
                 num_heads=num_heads,
+                num_splits=num_splits,
                 SEQLEN_Q=seqlen_q,
                 V_HEAD_DIM=v_head_dim,
-                NUM_SPLITS=num_splits,
                 HAS_SINK=s_aux is not None,
-                BLOCK_S=triton.next_power_of_2(num_splits),
+                BLOCK_S=16,
                 BLOCK_DV=block_dv,
                 num_warps=4,
             )
