@@ -1,0 +1,1 @@
+"""Every change that hf_paged_flash makes to transformers at run time, one file each."""
