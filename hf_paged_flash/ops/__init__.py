@@ -1,1 +1,6 @@
 """Public attention functions with flash-attn's signatures, their registration in torch, and the torch reference."""
+
+from hf_paged_flash.ops.flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from hf_paged_flash.ops.library import store_kv
+
+__all__ = ["flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache", "store_kv"]

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-# Elements of one chunk's score matrix: 16 MiB in fp32.
-_CHUNK_ELEMENTS = 1 << 22
+# Elements of one chunk's score matrix: 2 MiB in fp32, which a CPU core's cache holds.
+_CHUNK_ELEMENTS = 1 << 19
 _MIN_CHUNK = 16
 # Ragged rows are padded into one batch below this many score elements, whatever the padding costs.
 _SMALL_BATCH_ELEMENTS = 1 << 20
@@ -245,35 +245,27 @@ def _attend_rows(q, keys: _Keys, batch: slice, q_lengths: list[int], scoring: _S
     offsets = [length - seqlen_q for length, seqlen_q in zip(lengths, q_lengths, strict=True)]
     first = max(0, min(offsets) - scoring.window_left) if scoring.window_left >= 0 else 0
     k, v, valid, first = _gather(keys, batch, lengths, first)
-    k, v = (_head_major(x, lse.dtype) for x in (k, v))
-    if valid is not None:
-        # 0 * NaN is NaN: a value that no query sees may be anything.
-        v = v.masked_fill(~valid[:, None, :, None], 0.0)
+    # (R, Sk, Hkv, D) -> (R, Hkv, Sk, D), contiguous: matmul would otherwise copy them again for every chunk.
+    k, v = (x.permute(0, 2, 1, 3).to(lse.dtype).contiguous() for x in (k, v))
     _attend(q, k, v, valid, [offset - first for offset in offsets], scoring, out, lse)
-
-
-def _head_major(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    # (R, Sk, Hkv, D) -> (R, Hkv, Sk, D), contiguous: matmul would otherwise copy it again for every chunk.
-    return x.permute(0, 2, 1, 3).to(dtype, memory_format=torch.contiguous_format).contiguous()
 
 
 def _gather(keys: _Keys, batch: slice, lengths: list[int], first: int):
     """Keys and values [first', max length) of the rows, `first'` <= `first`.
 
-    Returns k (R, Sk, Hkv, D), v (R, Sk, Hkv, Dv), valid (R, Sk) bool or None if all are, and first'.
+    Returns k (R, Sk, Hkv, D); v (R, Sk, Hkv, Dv), 0 where a key is not valid; valid (R, Sk) bool, None if all are;
+    and first'.
     """
     stop = max(lengths)
     device = keys.k.device
-    present = None
+    table = None
     if keys.block_table is not None:
         block_size = keys.k.shape[1]
         first_block = first // block_size
         first = first_block * block_size
-        table = keys.block_table[batch, first_block : -(-stop // block_size)].long()
-        blocks = table.clamp(min=0)
-        k, v = (x[blocks].flatten(1, 2)[:, : stop - first] for x in (keys.k, keys.v))
-        if bool((table < 0).any()):
-            present = (table >= 0).repeat_interleave(block_size, 1)[:, : stop - first]
+        table = keys.block_table[batch, first_block : -(-stop // block_size)]
+        blocks = table.clamp(min=0).flatten()
+        k, v = (x.index_select(0, blocks).unflatten(0, table.shape).flatten(1, 2) for x in (keys.k, keys.v))
     elif keys.starts is None:
         k, v = (x[batch, first:stop] for x in (keys.k, keys.v))
     elif len(lengths) == 1:
@@ -283,10 +275,20 @@ def _gather(keys: _Keys, batch: slice, lengths: list[int], first: int):
         starts = [start + first for start in keys.starts[batch]]
         index, _ = _row_index(starts, [length - first for length in lengths], keys.k.shape[0], device)
         k, v = keys.k[index], keys.v[index]
-    if min(lengths) == stop:
-        return k, v, present, first
-    valid = torch.arange(first, stop, device=device) < torch.tensor(lengths, device=device)[:, None]
-    return k, v, valid if present is None else valid & present, first
+    valid = None
+    if min(lengths) < stop:
+        position = torch.arange(first, first + k.shape[1], device=device)
+        valid = position < torch.tensor(lengths, device=device)[:, None]
+    if table is not None and bool((table < 0).any()):
+        present = (table >= 0).repeat_interleave(block_size, 1)
+        valid = present if valid is None else valid & present
+    if valid is not None:
+        # 0 * NaN is NaN, and what no query sees may be anything.
+        if table is None and keys.starts is None:
+            v = v.clone(memory_format=torch.contiguous_format)
+        v.view(-1, *v.shape[2:]).index_fill_(0, (~valid).flatten().nonzero().squeeze(1), 0.0)
+        valid = valid[:, : stop - first]
+    return k[:, : stop - first], v[:, : stop - first], valid, first
 
 
 def _attend(q, k, v, valid, offsets: list[int], scoring: _Scoring, out, lse) -> None:
