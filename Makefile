@@ -1,4 +1,4 @@
-# make demo | test | lint | bench: each sets up its own environment first, and again only when what it is made from changed.
+# make demo | test | lint | bench: each sets up its own environment first, and again only after a change to its pins.
 # PYTHON=… chooses the interpreter that the environment is made with.
 
 SHELL := /bin/bash
