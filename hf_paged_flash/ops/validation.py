@@ -9,7 +9,7 @@ from typing import NamedTuple, NoReturn
 
 import torch
 
-from hf_paged_flash.errors import ArgumentError, UnsupportedFeatureError
+from hf_paged_flash.errors import ArgumentError, BackendError, UnsupportedFeatureError
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 KERNEL_BLOCK_SIZES = (16, 32, 64, 128, 256)
@@ -166,6 +166,10 @@ def check_kernel_limits(q, v, block_size: int | None) -> None:
     """What the Triton kernels take beyond the public functions' checks; `block_size` None = the keys are not paged."""
     head_dim, v_head_dim = q.shape[-1], v.shape[-1]
     way_out = " on the Triton kernels; the backend 'reference' takes it"
+    if q.dtype == torch.bfloat16 and not q.is_cuda:
+        raise BackendError(
+            "Triton's interpreter computes wrong results in bfloat16: use float16, float32 or the backend 'reference'"
+        )
     if q.dtype == torch.float64:
         fail("q", f"be bfloat16, float16 or float32{way_out}", q.dtype)
     if not 16 <= head_dim <= 256 or head_dim % 8:
