@@ -1,0 +1,1 @@
+"""Evaluations and benchmarks of hf_paged_flash, written against its public API alone."""

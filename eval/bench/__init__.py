@@ -1,0 +1,1 @@
+"""Kernel benchmarks: each compares a public op with its peers in one run, after checking it against fp64."""
