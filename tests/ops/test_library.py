@@ -1,0 +1,120 @@
+"""ops/library.py: the operators as torch sees them, their fakes, torch.compile, and autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_paged_flash import backend
+from hf_paged_flash.errors import UnsupportedFeatureError
+from hf_paged_flash.ops import flash_attn_func, flash_attn_with_kvcache, library
+
+Q, K = torch.zeros(2, 3, 4, 16), torch.zeros(2, 5, 2, 16)
+PACKED = torch.zeros(6, 4, 16), torch.zeros(10, 2, 16)
+CACHE = torch.zeros(8, 16, 2, 16)
+
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+TABLE, LENGTHS = torch.arange(8, dtype=torch.int32).view(2, 4), int32(3, 5)
+FORWARD = {"softmax_scale": 0.25, "causal": True}
+
+
+@pytest.fixture(autouse=True)
+def reference_backend():
+    before = backend.backend()
+    backend.configure(backend="reference")
+    backend.reset_counters()
+    yield
+    backend.configure(backend=before)
+
+
+def no_backward_calls(q, k, v, s_aux=None):
+    yield library.flash_forward_no_backward(q, k, v, max_seqlen_q=3, max_seqlen_k=5, s_aux=s_aux, **FORWARD)
+    yield library.paged_decode_no_backward(q, k, v, cache_seqlens=int32(5, 2), s_aux=s_aux, **FORWARD)
+
+
+@pytest.mark.parametrize("sink", [False, True])
+def test_no_backward_runs_forward_and_refuses_backward(sink):
+    q, k, v = torch.randn(2, 3, 4, 16, requires_grad=True), torch.randn(2, 5, 2, 16), torch.randn(2, 5, 2, 24)
+    s_aux = torch.zeros(4, requires_grad=True) if sink else None
+    with torch.no_grad():
+        expected = list(no_backward_calls(q, k, v, s_aux))
+    assert not any(x.requires_grad for pair in expected for x in pair)
+    for (out, lse), (expected_out, expected_lse) in zip(no_backward_calls(q, k, v, s_aux), expected, strict=True):
+        assert torch.equal(out, expected_out) and torch.equal(lse, expected_lse)
+        for result in (out, lse):
+            with pytest.raises(UnsupportedFeatureError, match="no backward pass yet"):
+                result.sum().backward(retain_graph=True)
+    assert q.grad is None
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_no_backward_compiles_with_autograd_on(dynamic):
+    q, k, v = torch.randn(2, 3, 4, 16, requires_grad=True), torch.randn(2, 5, 2, 16), torch.randn(2, 5, 2, 24)
+
+    def model(q, k, v):
+        return library.flash_forward_no_backward(
+            q * 2, k, v, max_seqlen_q=q.shape[1], max_seqlen_k=k.shape[1], **FORWARD
+        )[0]
+
+    out = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=dynamic)(q, k, v)
+    assert torch.equal(out, model(q, k, v))
+    with pytest.raises(UnsupportedFeatureError, match="no backward pass yet"):
+        out.sum().backward()
+
+
+def test_store_kv_keeps_no_history_of_keys_that_require_grad():
+    k_cache, v_cache = torch.zeros(2, 16, 2, 16), torch.zeros(2, 16, 2, 16)
+    k = torch.randn(1, 2, 2, 16, requires_grad=True) * 2
+    library.store_kv(k, k, k_cache, v_cache, torch.tensor([3, 20]))
+    assert not k_cache.requires_grad and k_cache.grad_fn is None
+    assert torch.equal(k_cache[0, 3], k[0, 0]) and torch.equal(v_cache[1, 4], k[0, 1])
+
+
+OPERATOR_CALLS = {
+    "dense": lambda: (library.flash_forward, (Q, K, K), {"max_seqlen_q": 3, "max_seqlen_k": 5, **FORWARD}),
+    "dense fp64": lambda: (
+        library.flash_forward,
+        (Q.double(), K.double(), K.double()),
+        {"max_seqlen_q": 3, "max_seqlen_k": 5, **FORWARD},
+    ),
+    "packed": lambda: (
+        library.flash_forward,
+        (PACKED[0], PACKED[1], PACKED[1][..., :8]),
+        {"cu_seqlens_q": int32(0, 3, 6), "cu_seqlens_k": int32(0, 5, 10), "max_seqlen_q": 3, "max_seqlen_k": 5}
+        | FORWARD,
+    ),
+    "decode": lambda: (
+        library.paged_decode,
+        (Q.transpose(1, 2).contiguous().transpose(1, 2), CACHE, CACHE),
+        {"cache_seqlens": LENGTHS, "block_table": TABLE, "s_aux": torch.zeros(4), **FORWARD},
+    ),
+    "store": lambda: (library.store_kv, (K, K, CACHE.clone(), CACHE.clone(), torch.arange(10)), {}),
+}
+
+
+@pytest.mark.parametrize("name", OPERATOR_CALLS)
+def test_schemas_and_fakes(name):
+    operator, arguments, options = OPERATOR_CALLS[name]()
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(operator, arguments, options, test_utils=checks)
+
+
+def test_public_functions_compile_in_one_graph():
+    def step(q, k, v, k_cache, v_cache, lengths):
+        prefill = flash_attn_func(q, k, v, causal=True)
+        decode = flash_attn_with_kvcache(
+            q[:, :1], k_cache, v_cache, k[:, :1], v[:, :1], cache_seqlens=lengths, block_table=TABLE, causal=True
+        )
+        return prefill, decode, flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=4, block_table=TABLE)
+
+    q, k, v = torch.randn(2, 3, 4, 16), torch.randn(2, 3, 2, 16), torch.randn(2, 3, 2, 16)
+    eager_caches, compiled_caches = ((CACHE.clone(), CACHE.clone()) for _ in range(2))
+    expected = step(q, k, v, *eager_caches, LENGTHS)
+    actual = torch.compile(step, fullgraph=True, backend="aot_eager")(q, k, v, *compiled_caches, LENGTHS)
+    for a, b in zip((*expected, *eager_caches), (*actual, *compiled_caches), strict=True):
+        torch.testing.assert_close(a, b)
+    assert eager_caches[0].any()
