@@ -1,1 +1,45 @@
-"""FlashAttention and a paged KV cache for Hugging Face transformers."""
+"""FlashAttention and PagedAttention for Hugging Face Transformers.
+
+Importing the package registers the attention implementation "paged_flash":
+
+    import hf_paged_flash
+    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="paged_flash")
+    model.generate(**tokenizer(prompts, padding=True, return_tensors="pt"))
+"""
+
+from .backend import Counters, configure, counters, reset_counters
+from .cache import CacheMemory, PagedCache
+from .errors import (
+    ArgumentError,
+    BackendError,
+    CacheFullError,
+    IncompatibleTransformersError,
+    PagedFlashError,
+    UnsupportedFeatureError,
+)
+from .ops import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from .registration import register, unregister
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArgumentError",
+    "BackendError",
+    "CacheFullError",
+    "CacheMemory",
+    "Counters",
+    "IncompatibleTransformersError",
+    "PagedCache",
+    "PagedFlashError",
+    "UnsupportedFeatureError",
+    "configure",
+    "counters",
+    "flash_attn_func",
+    "flash_attn_varlen_func",
+    "flash_attn_with_kvcache",
+    "register",
+    "reset_counters",
+    "unregister",
+]
+
+register()

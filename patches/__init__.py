@@ -1,1 +1,22 @@
-"""Every change that hf_paged_flash makes to transformers at run time, one file each."""
+"""Every change that hf_paged_flash makes to transformers at run time, one file each.
+
+A patch replaces one function, says why no public interface serves, compares the function's parameters with those it
+was written for before it touches anything, and puts the original back on `undo()`.
+"""
+
+from hf_paged_flash.patches.base import Patch
+from hf_paged_flash.patches.default_cache import DEFAULT_CACHE
+from hf_paged_flash.patches.flash_functions import FLASH_FUNCTIONS
+from hf_paged_flash.patches.flash_implementations import FLASH_IMPLEMENTATIONS
+from hf_paged_flash.patches.generate_batch import GENERATE_BATCH
+from hf_paged_flash.patches.prefill_logits import PREFILL_LOGITS
+
+ALL_PATCHES: tuple[Patch, ...] = (
+    FLASH_FUNCTIONS,
+    FLASH_IMPLEMENTATIONS,
+    DEFAULT_CACHE,
+    PREFILL_LOGITS,
+    GENERATE_BATCH,
+)
+
+__all__ = ["ALL_PATCHES", "Patch"]

@@ -1,0 +1,8 @@
+"""The paged key/value cache: `PagedCache` and what it is made of."""
+
+from .forward_step import ForwardStep
+from .paged_cache import CacheMemory, PagedCache
+from .paged_layer import PagedLayer
+from .paged_tensor import PagedTensor
+
+__all__ = ["CacheMemory", "ForwardStep", "PagedCache", "PagedLayer", "PagedTensor"]

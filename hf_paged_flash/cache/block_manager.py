@@ -1,0 +1,162 @@
+"""Which row owns which block: free list, reference counts, block tables, copy-on-write. Host only, no tensors."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import CacheFullError
+
+
+@dataclass(frozen=True)
+class Append:
+    """What an `append` changed.
+
+    rows, columns, blocks: int64 (n,), entry `table[row, column]` is now `block`.
+    copies: int64 (n, 2), (source, target) blocks whose contents must be copied before anything is written.
+    """
+
+    rows: np.ndarray
+    columns: np.ndarray
+    blocks: np.ndarray
+    copies: np.ndarray
+
+
+class BlockManager:
+    """Hands out blocks of `block_size` tokens to rows, as an operating system hands out pages (Kwon et al. 2023, 4.2).
+
+    Invariants, after every call:
+    - a block is free, or `references[block]` tables name it; never both;
+    - row b's `ceil(lengths[b] / block_size)` first table entries are blocks, all others -1;
+    - a block that more than one row names is never handed out for writing: its writer gets a copy first;
+    - a call that cannot be served raises `CacheFullError` and changes nothing.
+    """
+
+    def __init__(self, block_size: int, max_blocks: int | None = None) -> None:
+        self.block_size = block_size
+        self.max_blocks = max_blocks  # None: no cap
+        self.num_blocks = 0  # blocks that exist, used and free
+        self.lengths = np.zeros(0, np.int64)  # tokens of each row
+        self.table = np.full((0, 0), -1, np.int32)
+        self.references = np.zeros(0, np.int32)
+        self._free: list[int] = []
+
+    @property
+    def blocks_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def blocks_used(self) -> int:
+        return self.num_blocks - len(self._free)
+
+    @property
+    def blocks_shared(self) -> int:
+        return int((self.references > 1).sum())
+
+    def row_blocks(self) -> np.ndarray:
+        """Blocks that each row's tokens need, int64 (rows,)."""
+        return -(-self.lengths // self.block_size)
+
+    def start_rows(self, rows: int) -> None:
+        """Begins `rows` empty rows; only when there are none."""
+        self.lengths = np.zeros(rows, np.int64)
+        self.table = np.full((rows, 0), -1, np.int32)
+
+    def append(self, counts: np.ndarray) -> Append:
+        """Makes room for `counts[b]` more tokens in each row b, all or nothing.
+
+        Raises:
+            CacheFullError: the cap leaves fewer blocks than the rows need.
+        """
+        old_blocks = self.row_blocks()
+        new_blocks = -(-(self.lengths + counts) // self.block_size)
+        added = new_blocks - old_blocks
+        copies = self._rows_to_copy(counts)
+        needed = int(added.sum()) + len(copies)
+        self._reserve(needed)
+
+        blocks = np.array([self._free.pop() for _ in range(needed)], np.int64)
+        self.references[blocks] = 1
+        copy_targets, new = blocks[: len(copies)], blocks[len(copies) :]
+        rows = np.repeat(np.arange(len(counts)), added)
+        first = np.cumsum(added) - added
+        columns = np.arange(len(rows)) - first[rows] + old_blocks[rows]
+        self._widen(int(new_blocks.max(initial=0)))
+        self.table[rows, columns] = new
+        last = old_blocks[copies] - 1
+        sources = self.table[copies, last].astype(np.int64)
+        np.subtract.at(self.references, sources, 1)
+        self.table[copies, last] = copy_targets
+        self.lengths = self.lengths + counts
+        return Append(
+            rows=np.concatenate([copies, rows]),
+            columns=np.concatenate([last, columns]),
+            blocks=blocks,
+            copies=np.stack([sources, copy_targets], axis=1),
+        )
+
+    def truncate(self, lengths: np.ndarray) -> None:
+        """Shortens row b to `lengths[b]` tokens and releases the blocks behind them."""
+        keep = -(-lengths // self.block_size)
+        gone = (np.arange(self.table.shape[1])[None, :] >= keep[:, None]) & (self.table >= 0)
+        self._release(self.table[gone])
+        self.table[gone] = -1
+        self.lengths = np.asarray(lengths, np.int64).copy()
+
+    def select(self, rows: np.ndarray) -> None:
+        """Row i becomes what row `rows[i]` was: reorders, repeats and drops rows. Blocks are shared, not copied."""
+        table, lengths = self.table[rows], self.lengths[rows]
+        np.add.at(self.references, table[table >= 0], 1)
+        self._release(self.table[self.table >= 0])
+        self.table, self.lengths = table, lengths
+
+    def stored_tokens(self) -> int:
+        """Tokens that blocks hold, a shared block's tokens once."""
+        filled = np.zeros(self.num_blocks, np.int64)
+        columns = np.arange(self.table.shape[1])[None, :]
+        inside = np.clip(self.lengths[:, None] - columns * self.block_size, 0, self.block_size)
+        used = self.table >= 0
+        np.maximum.at(filled, self.table[used], inside[used])
+        return int(filled.sum())
+
+    def _rows_to_copy(self, counts: np.ndarray) -> np.ndarray:
+        # Rows that are about to write into a last block which others share; one may keep the original if all write.
+        rows = np.flatnonzero((counts > 0) & (self.lengths % self.block_size > 0))
+        last = self.table[rows, self.lengths[rows] // self.block_size]
+        shared = self.references[last] > 1
+        rows, last = rows[shared], last[shared]
+        keepers = []
+        for block in np.unique(last):
+            writers = rows[last == block]
+            if len(writers) == self.references[block]:
+                keepers.append(writers[-1])
+        return np.setdiff1d(rows, keepers)
+
+    def _reserve(self, needed: int) -> None:
+        if needed <= len(self._free):
+            return
+        room = len(self._free) if self.max_blocks is None else len(self._free) + self.max_blocks - self.num_blocks
+        if self.max_blocks is not None and needed > room:
+            raise CacheFullError(
+                f"the paged cache is full: {needed} more blocks of {self.block_size} tokens are needed, {max(room, 0)} "
+                f"are free under the cap of {self.max_blocks} blocks. Nothing was stored and nothing was lost: raise "
+                "`num_blocks` or `max_memory`, shorten or split the batch, or free room with `reset()` or `crop()`",
+                blocks_needed=needed,
+                blocks_free=max(room, 0),
+            )
+        # A first prefill gets what it needs; later growth takes an eighth more, so that a pool is copied rarely.
+        total = max(self.blocks_used + needed, self.num_blocks + self.num_blocks // 8)
+        if self.max_blocks is not None:
+            total = min(total, self.max_blocks)
+        self._free = list(range(total - 1, self.num_blocks - 1, -1)) + self._free
+        self.references = np.concatenate([self.references, np.zeros(total - self.num_blocks, np.int32)])
+        self.num_blocks = total
+
+    def _release(self, blocks: np.ndarray) -> None:
+        np.subtract.at(self.references, blocks, 1)
+        self._free.extend(int(block) for block in np.unique(blocks) if self.references[block] == 0)
+
+    def _widen(self, width: int) -> None:
+        if width > self.table.shape[1]:
+            wider = np.full((len(self.table), max(width, self.table.shape[1] * 5 // 4)), -1, np.int32)
+            wider[:, : self.table.shape[1]] = self.table
+            self.table = wider

@@ -1,0 +1,58 @@
+"""Where one layer's blocks live on its device."""
+
+import torch
+
+from .. import ops
+
+
+class BlockPool:
+    """One layer's keys (num_blocks, block_size, Hkv, D) and values (num_blocks, block_size, Hkv, Dv).
+
+    Unwritten room holds whatever the allocator left there; every reader masks it.
+    """
+
+    def __init__(self, block_size: int, key: torch.Tensor, value: torch.Tensor, dtype: torch.dtype | None) -> None:
+        """Heads, head dims, device and, unless `dtype` is given, dtype are those of key, value (B, Hkv, S, D | Dv)."""
+        self.key = key.new_empty((0, block_size, key.shape[1], key.shape[3]), dtype=dtype)
+        self.value = value.new_empty((0, block_size, value.shape[1], value.shape[3]), dtype=dtype)
+
+    @property
+    def num_blocks(self) -> int:
+        return self.key.shape[0]
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block, keys and values."""
+        return (self.key.shape[1:].numel() + self.value.shape[1:].numel()) * self.key.element_size()
+
+    def grow(self, num_blocks: int) -> int:
+        """Makes room for `num_blocks` blocks in all; stored blocks are copied once. Returns the bytes given back.
+
+        Raises:
+            torch.OutOfMemoryError: the device has no room; the pool is as it was.
+        """
+        if num_blocks <= self.num_blocks:
+            return 0
+        freed = self.num_blocks * self.block_bytes
+        key = self.key.new_empty((num_blocks, *self.key.shape[1:]))
+        value = self.value.new_empty((num_blocks, *self.value.shape[1:]))
+        key[: self.num_blocks].copy_(self.key)
+        value[: self.num_blocks].copy_(self.value)
+        self.key, self.value = key, value
+        return freed
+
+    def store(self, key: torch.Tensor, value: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+        """Writes key, value (B, S, Hkv, D | Dv), any strides, into slots (B * S,); slot -1 is skipped."""
+        ops.store_kv(key, value, self.key, self.value, slot_mapping)
+
+    def copy_blocks(self, copies: torch.Tensor) -> None:
+        """Copies block `copies[:, 0]` to block `copies[:, 1]`, int64 (n, 2)."""
+        source, target = copies.unbind(1)
+        self.key[target] = self.key[source]
+        self.value[target] = self.value[source]
+
+    def gather(self, slots: torch.Tensor, kind: str) -> torch.Tensor:
+        """Keys or values (`kind`) at `slots` (B, L) as (B, Hkv, L, D | Dv); slot -1 reads as 0."""
+        pool = self.key if kind == "key" else self.value
+        tokens = pool.flatten(0, 1)[slots.clamp(min=0)]
+        return tokens.masked_fill_((slots < 0)[:, :, None, None], 0).transpose(1, 2)

@@ -1,0 +1,53 @@
+"""What one forward adds to the cache: computed once, read by every layer."""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+
+
+@dataclass
+class ForwardStep:
+    """Columns `start .. end` of a batch, and where their tokens go.
+
+    "Columns" are transformers' sequence positions, padding included; "tokens" are what is stored.
+
+    Attributes:
+        start, end: columns before and after this forward.
+        batch: rows.
+        slot_mapping: int64 (batch * (end - start),), block * block_size + offset of each new token, -1 for padding.
+        block_table: int32 (batch, max_blocks), -1 where a row has no block.
+        cache_seqlens: int32 (batch,), tokens of each row with this forward's.
+        max_seqlen_k: no row has more tokens, int.
+        indices: int64 (new tokens,), places of the new tokens among batch * (end - start); None without padding.
+        cu_seqlens_q: int32 (batch + 1,), offsets of the rows' new tokens when packed; None without padding.
+        max_seqlen_q: no row adds more tokens, int.
+        num_blocks: blocks that a layer's pool must have, int.
+        copies: int64 (n, 2), blocks to copy (source, target) before storing; None for none.
+    """
+
+    start: int
+    end: int
+    batch: int
+    slot_mapping: torch.Tensor
+    block_table: torch.Tensor
+    cache_seqlens: torch.Tensor
+    max_seqlen_k: int
+    max_seqlen_q: int
+    num_blocks: int
+    indices: torch.Tensor | None = None
+    cu_seqlens_q: torch.Tensor | None = None
+    copies: torch.Tensor | None = None
+    _on_device: dict[torch.device, "ForwardStep"] = field(default_factory=dict, repr=False)
+
+    def to(self, device: torch.device) -> "ForwardStep":
+        """This step with its tensors on `device`; copied once a device, for models spread over several."""
+        if self.slot_mapping.device == device:
+            return self
+        if device not in self._on_device:
+            tensors = {
+                name: value.to(device, non_blocking=True)
+                for name, value in vars(self).items()
+                if isinstance(value, torch.Tensor)
+            }
+            self._on_device[device] = replace(self, **tensors)
+        return self._on_device[device]

@@ -1,0 +1,286 @@
+"""Layers that share block tables: their tokens, their blocks, and the step that the current forward takes."""
+
+import threading
+import weakref
+
+import numpy as np
+import torch
+
+from ..errors import ArgumentError, CacheFullError
+from .block_manager import Append, BlockManager
+from .block_pool import BlockPool
+from .forward_step import ForwardStep
+
+# transformers asks a cache for its mask sizes and then calls the mask function, which gets no handle on the cache:
+# the group that was asked last on this thread is the one the next mask belongs to.
+_asked = threading.local()
+
+
+def announce_mask(attention_mask: torch.Tensor | None, q_length: int, kv_length: int) -> bool:
+    """Hands the coming forward's mask, bool (batch, kv_length) or None, to the group whose sizes were just asked for.
+
+    Returns whether there is one: False where the forward runs without a paged cache.
+    """
+    reference, sizes = getattr(_asked, "group", None), getattr(_asked, "sizes", None)
+    _asked.group = None
+    group = reference() if reference is not None else None
+    if group is None or sizes != (q_length, kv_length):
+        return False
+    group.pending_mask = attention_mask
+    return True
+
+
+class PageGroup:
+    """Rows of tokens in blocks, for all layers that see the same tokens.
+
+    On CUDA a decode step must not wait for the device, so a mask that lies there is not read back: the device counts
+    (`cache_seqlens`), and `manager.lengths` holds upper bounds until the next forward of several tokens, `crop` or
+    `memory()` reads the truth. Blocks are handed out by the bounds: at most one too many a row.
+    """
+
+    def __init__(self, block_size: int, num_layers: int, num_blocks: int | None, max_memory: int | None) -> None:
+        self.manager = BlockManager(block_size, num_blocks)
+        self.num_layers = num_layers
+        self.max_memory = max_memory
+        self._max_blocks = num_blocks
+        self.pools: list[BlockPool] = []
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets every token and gives the memory back."""
+        self.manager = BlockManager(self.manager.block_size, self._max_blocks)
+        self.pools.clear()
+        self.columns = 0
+        self.step: ForwardStep | None = None
+        self.pending_mask: torch.Tensor | None = None
+        self._mask: torch.Tensor | None = None  # bool (batch, n <= columns), later columns are real; None: all real
+        self._exact = True
+        self._cache_seqlens: torch.Tensor | None = None
+        self._block_table: torch.Tensor | None = None
+
+    @property
+    def block_size(self) -> int:
+        return self.manager.block_size
+
+    @property
+    def batch(self) -> int:
+        return len(self.manager.lengths)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block over all layers; layers that have not stored yet count as the mean of those that have."""
+        if not self.pools:
+            return 0
+        return sum(pool.block_bytes for pool in self.pools) * self.num_layers // len(self.pools)
+
+    def mask_sizes(self, q_length: int) -> tuple[int, int]:
+        """(kv_length, kv_offset) for transformers' masks, and notice of the mask that follows."""
+        kv_length = self.columns + q_length
+        self.pending_mask = None
+        _asked.group, _asked.sizes = weakref.ref(self), (q_length, kv_length)
+        return kv_length, 0
+
+    # ------------------------------------------------------------------------------------------------ one forward
+
+    def begin(self, batch: int, q_length: int, device: torch.device) -> ForwardStep:
+        """Plans the step for `q_length` new columns: blocks, slots and lengths; nothing is stored yet.
+
+        Raises:
+            CacheFullError: no room under the cap or on the device; the group is as it was.
+            ArgumentError: another batch size than stored, or a mask that does not continue the stored one.
+        """
+        if self.columns == 0 and batch != self.batch:
+            self.manager.start_rows(batch)
+        elif batch != self.batch:
+            raise ArgumentError(
+                f"the paged cache holds {self.batch} rows, got keys for {batch}: continue with the same batch, or "
+                "start a new cache (`reset()` empties this one)"
+            )
+        mask, self.pending_mask = self.pending_mask, None
+        if mask is not None and mask.shape != (batch, self.columns + q_length):
+            raise ArgumentError(
+                f"`attention_mask` must cover the {self.columns} cached and {q_length} new columns of {batch} rows, "
+                f"shape {(batch, self.columns + q_length)}, got {tuple(mask.shape)}"
+            )
+        on_device = mask is not None and mask.is_cuda or not self._exact
+        if device.type == "cuda" and q_length == 1 and self.columns > 0 and on_device:
+            step = self._decode_on_device(mask, device)
+        else:
+            step = self._step_on_host(mask, q_length, device)
+        self._mask = mask if mask is not None else self._mask
+        self.columns = step.end
+        self.step = step
+        return step
+
+    def undo(self, step: ForwardStep) -> None:
+        """Takes back a step that could not be stored, as `crop` would."""
+        self.truncate(step.start)
+
+    def _append(self, counts: np.ndarray) -> Append:
+        """`manager.append`, with the layers' pools grown to match, or neither."""
+        if self.max_memory is not None and self.pools:
+            cap = self.max_memory // self.block_bytes
+            self.manager.max_blocks = cap if self._max_blocks is None else min(cap, self._max_blocks)
+        lengths = self.manager.lengths
+        change = self.manager.append(counts)
+        try:
+            freed = sum(pool.grow(self.manager.num_blocks) for pool in self.pools)
+        except torch.OutOfMemoryError as error:
+            self.manager.truncate(lengths)
+            raise self.out_of_memory(len(change.blocks)) from error
+        if freed > 32 * 2**20 and self.pools[0].key.is_cuda:
+            torch.cuda.empty_cache()  # the old pools' memory fits no later request: growth is rare, hand it back
+        return change
+
+    def out_of_memory(self, blocks_needed: int) -> CacheFullError:
+        return CacheFullError(
+            f"the device has no memory for {blocks_needed} more blocks of the paged cache, {self.manager.blocks_free} "
+            "are free. The tokens stored before this forward are intact: shorten or split the batch, or free other memory",
+            blocks_needed=blocks_needed,
+            blocks_free=self.manager.blocks_free,
+        )
+
+    def _step_on_host(self, mask: torch.Tensor | None, q_length: int, device: torch.device) -> ForwardStep:
+        batch, start = self.batch, self.columns
+        new = np.ones((batch, q_length), bool)
+        if mask is not None:
+            on_host = mask.cpu()
+            self._check_history(on_host[:, :start])
+            new = on_host[:, start:].numpy()
+        self.sync_lengths()
+        counts = new.sum(1, dtype=np.int64)
+        before = self.manager.lengths
+        change = self._append(counts)
+        position = before[:, None] + np.cumsum(new, 1) - 1
+        slots = self._slots(np.where(new, position, -1))
+        indices = cu_seqlens_q = None
+        if not new.all():
+            indices = to_device(np.flatnonzero(new), device)
+            cu_seqlens_q = to_device(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32), device)
+        self._cache_seqlens = to_device(self.manager.lengths.astype(np.int32), device)
+        return ForwardStep(
+            start=start,
+            end=start + q_length,
+            batch=batch,
+            slot_mapping=to_device(slots.reshape(-1), device),
+            block_table=self._table_on(device, change),
+            cache_seqlens=self._cache_seqlens,
+            max_seqlen_k=int(self.manager.lengths.max(initial=0)),
+            max_seqlen_q=int(counts.max(initial=0)),
+            num_blocks=self.manager.num_blocks,
+            indices=indices,
+            cu_seqlens_q=cu_seqlens_q,
+            copies=to_device(change.copies, device) if len(change.copies) else None,
+        )
+
+    def _decode_on_device(self, mask: torch.Tensor | None, device: torch.device) -> ForwardStep:
+        # No value is read back: where a row's new column is padding, the device knows, the host counts it as a token.
+        change = self._append(np.ones(self.batch, np.int64))
+        self._exact = False
+        before = self._cache_seqlens.to(device)
+        block_table = self._table_on(device, change)
+        block = block_table.gather(1, (before // self.block_size).long()[:, None])[:, 0]
+        slots = block.long() * self.block_size + before % self.block_size
+        if mask is None:
+            self._cache_seqlens = before + 1
+        else:
+            real = mask[:, -1].to(device)
+            slots = torch.where(real, slots, -1)
+            self._cache_seqlens = before + real
+        return ForwardStep(
+            start=self.columns,
+            end=self.columns + 1,
+            batch=self.batch,
+            slot_mapping=slots,
+            block_table=block_table,
+            cache_seqlens=self._cache_seqlens,
+            max_seqlen_k=int(self.manager.lengths.max(initial=0)),
+            max_seqlen_q=1,
+            num_blocks=self.manager.num_blocks,
+            copies=to_device(change.copies, device) if len(change.copies) else None,
+        )
+
+    def _table_on(self, device: torch.device, change: Append) -> torch.Tensor:
+        """The block table on `device`, only the changed entries sent where that is possible."""
+        table = self._block_table
+        width = self.manager.table.shape[1]
+        if table is None or table.shape != (self.batch, width) or table.device != device:
+            self._block_table = to_device(self.manager.table, device)
+        elif len(change.blocks):
+            entries = to_device(np.stack([change.rows, change.columns, change.blocks]), device)
+            table[entries[0], entries[1]] = entries[2].int()
+        used = int(self.manager.row_blocks().max(initial=0))
+        return self._block_table[:, : max(used, 1)]
+
+    # ------------------------------------------------------------------------------------- tokens stored before
+
+    def real_columns(self) -> np.ndarray | None:
+        """bool (batch, columns): which columns are tokens; None where all are. Waits for the device."""
+        if self._mask is None:
+            return None
+        known = self._mask[:, : self.columns].cpu().numpy()
+        return np.pad(known, ((0, 0), (0, self.columns - known.shape[1])), constant_values=True)
+
+    def sync_lengths(self) -> None:
+        """Replaces the host's upper bounds by the true lengths. Waits for the device where they differ."""
+        if not self._exact:
+            self.manager.truncate(self._cache_seqlens.cpu().numpy().astype(np.int64))
+            self._exact = True
+            self._block_table = None
+
+    def column_slots(self, columns: int, device: torch.device) -> torch.Tensor:
+        """Slots int64 (batch, columns) of the first `columns` columns, -1 for padding."""
+        self.sync_lengths()
+        real = self.real_columns()
+        real = np.ones((self.batch, columns), bool) if real is None else real[:, :columns]
+        return to_device(self._slots(np.where(real, np.cumsum(real, 1) - 1, -1)), device)
+
+    def _slots(self, positions: np.ndarray) -> np.ndarray:
+        """Slots int64 of token `positions` (batch, n) of each row, -1 for -1."""
+        row, column = np.nonzero(positions >= 0)
+        position = positions[row, column]
+        slots = np.full(positions.shape, -1, np.int64)
+        blocks = self.manager.table[row, position // self.block_size].astype(np.int64)
+        slots[row, column] = blocks * self.block_size + position % self.block_size
+        return slots
+
+    def truncate(self, columns: int) -> None:
+        """Drops all columns from `columns` on, and the blocks behind them."""
+        self.sync_lengths()
+        real = self.real_columns()
+        lengths = np.full(self.batch, columns) if real is None else real[:, :columns].sum(1)
+        self.manager.truncate(lengths)
+        self._mask = None if self._mask is None else self._mask[:, :columns]
+        self._lengths_changed(columns)
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Row i becomes what row `rows[i]` was; blocks are shared, no K/V moves."""
+        self.sync_lengths()
+        self.manager.select(rows.cpu().numpy())
+        if self._mask is not None:
+            self._mask = self._mask[rows.to(self._mask.device)]
+        self._lengths_changed(self.columns)
+
+    def _lengths_changed(self, columns: int) -> None:
+        self.columns = columns
+        self.step = None
+        self._block_table = None
+        if self._cache_seqlens is not None:
+            self._cache_seqlens = to_device(self.manager.lengths.astype(np.int32), self._cache_seqlens.device)
+
+    def _check_history(self, mask: torch.Tensor) -> None:
+        stored = self.real_columns()
+        stored = torch.ones_like(mask) if stored is None else torch.from_numpy(stored)
+        if not torch.equal(mask, stored):
+            row, column = (int(i) for i in torch.nonzero(mask != stored)[0])
+            raise ArgumentError(
+                f"`attention_mask` changes columns that the paged cache has stored (row {row}, column {column} was "
+                f"{'a token' if stored[row, column] else 'padding'}): padding is never stored and tokens can't be "
+                "masked afterwards. Keep the earlier columns as they were, or start a new cache"
+            )
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """`array` as a tensor on `device`; to CUDA through pinned memory, so that the host does not wait."""
+    tensor = torch.tensor(array)  # a copy: the host goes on writing into its arrays
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -1,0 +1,175 @@
+"""PagedCache: the cache that transformers' models and `generate()` work with."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    Cache,
+    LinearAttentionLayer,
+    get_layer_types_and_kwargs,
+)
+
+from ..errors import ArgumentError, UnsupportedFeatureError
+from .page_group import PageGroup
+from .paged_layer import PagedLayer
+
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+_PAGED_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
+
+
+@dataclass(frozen=True)
+class CacheMemory:
+    """What a PagedCache holds; a block is `block_size` tokens of all attention layers.
+
+    Attributes:
+        bytes_reserved: K/V memory taken from the device, used or free.
+        bytes_stored: K/V of stored tokens, those in shared blocks once.
+        bytes_wasted: reserved and holding no token: room behind each row's last token, and free blocks.
+        tokens: tokens stored, those in shared blocks once.
+        block_size: tokens a block.
+        blocks_used: blocks that hold tokens.
+        blocks_free: reserved blocks that hold none.
+        blocks_shared: blocks that more than one row uses.
+    """
+
+    bytes_reserved: int
+    bytes_stored: int
+    bytes_wasted: int
+    tokens: int
+    block_size: int
+    blocks_used: int
+    blocks_free: int
+    blocks_shared: int
+
+
+class PagedCache(Cache):
+    """A cache whose keys and values lie in blocks found through a block table (PagedAttention, Kwon et al. 2023).
+
+    Only real tokens are stored, padding never; a row wastes at most the rest of its last block. Blocks are taken when
+    tokens arrive, and given back by `crop()`, `reset()` and when the cache is dropped. Rows that share a past (beams,
+    repeated rows) share its blocks until one of them writes.
+
+    Args:
+        config: the model's configuration; a composite model's text decoder is found in it.
+        block_size: tokens a block: 16, 32, 64, 128 or 256.
+        num_blocks: cap in blocks; None for no cap.
+        max_memory: cap on the K/V memory in bytes, or as "4GiB"; None for no cap.
+        dtype: dtype to store in; None stores what the model computes.
+
+    Raises:
+        ArgumentError: `block_size`, `num_blocks` or `max_memory` is none of these.
+        UnsupportedFeatureError: the model has layers whose state cannot be paged.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        block_size: int = 16,
+        *,
+        num_blocks: int | None = None,
+        max_memory: int | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if not isinstance(config, PreTrainedConfig):
+            raise ArgumentError(
+                f"`config` must be a model's configuration (model.config), got {type(config).__name__}"
+            )
+        if block_size not in BLOCK_SIZES:
+            raise ArgumentError(f"`block_size` must be one of {BLOCK_SIZES}, got {block_size!r}")
+        if num_blocks is not None and num_blocks < 1:
+            raise ArgumentError(f"`num_blocks` must be at least 1, or None for no cap, got {num_blocks}")
+        if isinstance(max_memory, str):
+            from accelerate.utils import convert_file_size_to_int  # slow to import, rarely needed
+
+            max_memory = convert_file_size_to_int(max_memory)
+        if max_memory is not None and max_memory < 1:
+            raise ArgumentError(
+                f"`max_memory` must be a number of bytes above 0, or None for no cap, got {max_memory}"
+            )
+        layer_types, layer_kwargs = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+        if isinstance(layer_kwargs, dict):  # one for all layers before transformers 5.18, then one a layer
+            layer_kwargs = [layer_kwargs] * len(layer_types)
+        paged = [kind in _PAGED_LAYER_TYPES for kind in layer_types]
+        self.group = PageGroup(block_size, sum(paged), num_blocks, max_memory)
+        layers = []
+        for idx, (kind, kwargs) in enumerate(zip(layer_types, layer_kwargs, strict=True)):
+            if paged[idx]:
+                layers.append(PagedLayer(idx, self.group, is_sliding=kind != "full_attention", dtype=dtype))
+            elif DYNAMIC_LAYER_TYPE_MAPPING.get(kind) is LinearAttentionLayer:
+                layers.append(LinearAttentionLayer(**kwargs))
+            else:
+                raise UnsupportedFeatureError(
+                    f"layer {idx} of {type(config).__name__} is of type `{kind}`, whose state PagedCache can't page: "
+                    "use `past_key_values=DynamicCache(config=model.config)`, which works under paged_flash too"
+                )
+        super().__init__(layers=layers)
+
+    def memory(self) -> CacheMemory:
+        """What is reserved, stored and wasted now. Waits for the device."""
+        group = self.group
+        group.sync_lengths()
+        manager, block_bytes = group.manager, group.block_bytes
+        tokens = manager.stored_tokens()
+        reserved = manager.num_blocks * block_bytes
+        stored = tokens * (block_bytes // group.block_size)
+        return CacheMemory(
+            bytes_reserved=reserved,
+            bytes_stored=stored,
+            bytes_wasted=reserved - stored,
+            tokens=tokens,
+            block_size=group.block_size,
+            blocks_used=manager.blocks_used,
+            blocks_free=manager.blocks_free,
+            blocks_shared=manager.blocks_shared,
+        )
+
+    def reset(self) -> None:
+        """Forgets every token and gives the memory back; the cap stays."""
+        self.group.clear()
+        super().reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drops the last columns and gives their blocks back.
+
+        Args:
+            tokens_to_remove: 0 or negative: minus the number of columns to drop, as transformers passes it. Positive:
+                the number of columns to keep, transformers' convention before 5.18.
+        """
+        columns = self.group.columns
+        keep = tokens_to_remove if tokens_to_remove > 0 else columns + tokens_to_remove
+        if keep < 0:
+            raise ArgumentError(f"`tokens_to_remove` is {tokens_to_remove}, the cache holds {columns} columns")
+        if keep < columns:
+            self.group.truncate(keep)
+        for layer in self.layers:
+            if not isinstance(layer, PagedLayer):
+                layer.crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row i becomes what row `beam_idx[i]` was; tables move, K/V stays."""
+        self.group.select(beam_idx)
+        for layer in self.layers:
+            if not isinstance(layer, PagedLayer):
+                layer.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each row `repeats` times; the copies share the row's blocks."""
+        self.group.select(torch.arange(self.group.batch).repeat_interleave(repeats))
+        for layer in self.layers:
+            if not isinstance(layer, PagedLayer):
+                layer.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps rows `indices`, long or bool; the others' blocks are given back."""
+        rows = torch.nonzero(indices)[:, 0] if indices.dtype == torch.bool else indices
+        self.group.select(rows)
+        for layer in self.layers:
+            if not isinstance(layer, PagedLayer):
+                layer.batch_select_indices(indices)
+
+    def __deepcopy__(self, memo: dict) -> "PagedCache":
+        raise UnsupportedFeatureError(
+            "PagedCache can't be copied yet: build a new one, or use `DynamicCache` where a prompt's cache is copied"
+        )

@@ -1,0 +1,126 @@
+"""One layer of a PagedCache, as transformers sees it."""
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from ..errors import PagedFlashError, UnsupportedFeatureError
+from .block_pool import BlockPool
+from .forward_step import ForwardStep
+from .page_group import PageGroup
+from .paged_tensor import PagedTensor
+
+
+class PagedLayer(CacheLayerMixin):
+    """Keys and values of one attention layer in the blocks of its `PageGroup`.
+
+    A sliding-window layer keeps all its tokens too; attention reads only those inside the window.
+    """
+
+    _layer_type = None  # must not register itself as transformers' class for a layer type
+    is_compileable = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, layer_idx: int, group: PageGroup, *, is_sliding: bool, dtype: torch.dtype | None) -> None:
+        # CacheLayerMixin.__init__ assigns `keys` and `values`, which are properties here
+        self.layer_idx = layer_idx
+        self.group = group
+        self.is_sliding = is_sliding
+        self._dtype = dtype
+        self.reset()
+
+    def reset(self) -> None:
+        self.pool: BlockPool | None = None
+        self._step: ForwardStep | None = None
+        self._columns = 0
+        self.is_initialized = False
+
+    @property
+    def columns(self) -> int:
+        """Columns stored by this layer; those a failed forward took back no longer count."""
+        return min(self._columns, self.group.columns)
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        return self._handle("key", None) if self.is_initialized else None
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        return self._handle("value", None) if self.is_initialized else None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.pool = BlockPool(self.group.block_size, key_states, value_states, self._dtype)
+        self.dtype, self.device = self.pool.key.dtype, self.pool.key.device
+        self._nan = torch.full((1, 1, 1, 1), float("nan"), dtype=self.dtype, device=self.device)
+        self.group.pools.append(self.pool)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stores the new keys and values (B, Hkv, S, D | Dv) and returns handles on all of them, see `PagedTensor`.
+
+        Raises:
+            CacheFullError: no room; what was stored before this forward is intact in every layer.
+        """
+        step = self._join_step(key_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        try:
+            self.pool.grow(step.num_blocks)
+        except torch.OutOfMemoryError as error:
+            self.group.undo(step)
+            raise self.group.out_of_memory(step.num_blocks - self.pool.num_blocks) from error
+        local = step.to(self.device)
+        if local.copies is not None:
+            self.pool.copy_blocks(local.copies)
+        with torch.no_grad():
+            self.pool.store(key_states.transpose(1, 2), value_states.transpose(1, 2), local.slot_mapping)
+        self._step, self._columns = step, step.end
+        fresh = (key_states, value_states) if step.start == 0 else (None, None)
+        return self._handle("key", fresh[0]), self._handle("value", fresh[1])
+
+    def _join_step(self, key_states: torch.Tensor) -> ForwardStep:
+        group, step = self.group, self.group.step
+        batch, _, q_length, _ = key_states.shape
+        if self.columns == group.columns:
+            return group.begin(batch, q_length, key_states.device)
+        if (
+            step is not None
+            and (step.start, step.end) == (self.columns, self.columns + q_length)
+            and step.batch == batch
+        ):
+            return step
+        raise PagedFlashError(
+            f"layer {self.layer_idx} holds {self.columns} columns of the paged cache and gets {q_length} more, others "
+            f"hold {group.columns}: an earlier forward stopped half way. Take it back with "
+            f"`crop({self.columns - group.columns})`, or empty the cache with `reset()`"
+        )
+
+    def _handle(self, kind: str, fresh: torch.Tensor | None) -> PagedTensor:
+        pool = self.pool.key if kind == "key" else self.pool.value
+        size = (self.group.batch, pool.shape[2], self.columns, pool.shape[3])
+        return PagedTensor.wrap(self, kind, self._step, self._nan, size, fresh)
+
+    def gather(self, kind: str, step: ForwardStep) -> torch.Tensor:
+        """Dense keys or values (B, Hkv, columns, D | Dv) up to the end of `step`, zeros in padded columns."""
+        return self.pool.gather(self.group.column_slots(min(step.end, self.columns), self.device), kind)
+
+    def get_seq_length(self) -> int:
+        return self.columns
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.group.mask_sizes(query_length)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise UnsupportedFeatureError("one layer can't be cropped, its blocks are shared: call `PagedCache.crop`")
+
+    def offload(self) -> None:
+        raise UnsupportedFeatureError(
+            'PagedCache does not offload K/V to the CPU: pass `cache_implementation="offloaded"` for a cache that does'
+        )
+
+    prefetch = offload

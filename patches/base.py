@@ -1,0 +1,85 @@
+"""What a patch is: one function of transformers replaced, checked before and undone after."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import transformers
+
+from hf_paged_flash.errors import IncompatibleTransformersError
+
+
+@dataclass
+class Patch:
+    """Replaces `owner.name`.
+
+    Attributes:
+        owner: returns the class or module (a function, so that nothing is imported before it is needed).
+        name: the function's name there.
+        parameters: the parameters it was written for, in order; others mean another version, and an error.
+        wrapper: called as `wrapper(original, *args, **kwargs)` in the function's place.
+        reason: what the patch does and why no public interface serves.
+        checked: versions of transformers it was run with.
+        after_undo: puts back what the patched function left behind; None for nothing.
+    """
+
+    owner: Callable[[], object]
+    name: str
+    parameters: tuple[str, ...]
+    wrapper: Callable
+    reason: str
+    checked: tuple[str, ...]
+    after_undo: Callable[[], None] | None = None
+    _original: Callable | None = field(default=None, init=False, repr=False)
+    _replacement: Callable | None = field(default=None, init=False, repr=False)
+
+    @property
+    def target(self) -> str:
+        """What is replaced, as one would write it."""
+        owner = self.owner()
+        return f"{owner.__name__}.{self.name}"
+
+    @property
+    def applied(self) -> bool:
+        return self._original is not None
+
+    def check(self) -> None:
+        """Raises IncompatibleTransformersError unless the function is there with the parameters it should have."""
+        function = getattr(self.owner(), self.name, None)
+        found = tuple(inspect.signature(function).parameters) if function is not None else None
+        if found != self.parameters:
+            got = "is not there" if found is None else f"takes {found}"
+            raise IncompatibleTransformersError(
+                f"transformers {transformers.__version__} does not fit this version of hf_paged_flash: {self.target} "
+                f"should take {self.parameters}, but {got}. Checked with transformers {', '.join(self.checked)}: install "
+                "one of these, or a newer hf_paged_flash"
+            )
+
+    def apply(self) -> None:
+        """Puts the replacement in place; nothing if it is there already."""
+        if self.applied:
+            return
+        self.check()
+        owner = self.owner()
+        original = getattr(owner, self.name)
+
+        @functools.wraps(original)
+        def replacement(*args, **kwargs):
+            # somebody may have wrapped the replacement: once undone it only passes through
+            function = functools.partial(self.wrapper, original) if self._replacement is replacement else original
+            return function(*args, **kwargs)
+
+        setattr(owner, self.name, replacement)
+        self._original, self._replacement = original, replacement
+
+    def undo(self) -> None:
+        """Puts the original back; where somebody wrapped the replacement since, that stays and calls the original."""
+        if not self.applied:
+            return
+        owner = self.owner()
+        if getattr(owner, self.name) is self._replacement:
+            setattr(owner, self.name, self._original)
+        self._original = self._replacement = None
+        if self.after_undo is not None:
+            self.after_undo()

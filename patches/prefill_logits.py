@@ -1,0 +1,59 @@
+"""A right-padded prompt is continued from its last token, not from the padding behind it.
+
+Why: `generate()` samples a row's first new token from the last column, and counts the positions of the next ones from
+there; in a right-padded row that is padding. A PagedCache never stores padding, so the prefill's logits and that last
+position are all that has to be mended, and no public hook lies between them and the sampler.
+"""
+
+import torch
+from transformers.generation.utils import GenerationMixin
+
+from hf_paged_flash.errors import ArgumentError, UnsupportedFeatureError
+from hf_paged_flash.patches.base import Patch
+
+
+def _prefill(original, self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+    from hf_paged_flash.cache import PagedCache
+
+    cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+    if not isinstance(cache, PagedCache) or mask is None or mask.dim() != 2 or bool(mask[:, -1].all()):
+        return original(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
+    if generation_config.prefill_chunk_size is not None:
+        raise UnsupportedFeatureError(
+            "right-padded prompts can't be prefilled in chunks (`prefill_chunk_size`), a row may end in any of them: pad "
+            'on the left (`tokenizer.padding_side = "left"`)'
+        )
+    new = mask[:, cache.get_seq_length() :].bool()
+    if not bool(new.any(1).all()):
+        row = int((~new.any(1)).nonzero()[0])
+        raise ArgumentError(
+            f"`attention_mask` leaves row {row} without a new token: every row needs one to continue from"
+        )
+    columns = torch.arange(new.shape[1], device=new.device)
+    last = (columns * new).argmax(1)  # each row's last token
+    kept, index = torch.unique(last, return_inverse=True)
+    logits_to_keep = model_kwargs.get("logits_to_keep")
+    if logits_to_keep is not None:
+        model_kwargs["logits_to_keep"] = kept
+    outputs = original(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
+    if logits_to_keep is not None:
+        model_kwargs["logits_to_keep"] = logits_to_keep
+    if (position_ids := model_kwargs.get("position_ids")) is not None:
+        column = position_ids.shape[-1] - new.shape[1] + last  # of each row's last token, for 2-D and 3-D positions
+        position_ids = position_ids.clone()
+        position_ids[..., -1] = position_ids.gather(-1, column.expand(position_ids.shape[:-1])[..., None])[..., 0]
+        model_kwargs["position_ids"] = position_ids
+    index = index if outputs.logits.shape[1] == len(kept) else last
+    rows = torch.arange(len(last), device=outputs.logits.device)
+    outputs.logits = outputs.logits[rows, index.to(rows.device)][:, None]
+    return outputs
+
+
+PREFILL_LOGITS = Patch(
+    owner=lambda: GenerationMixin,
+    name="_prefill",
+    parameters=("self", "input_ids", "generation_config", "model_kwargs", "is_first_iteration"),
+    wrapper=_prefill,
+    reason="a right-padded row gives what it gives unpadded",
+    checked=("5.17.0", "5.23.0"),
+)
