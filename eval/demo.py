@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.cache_utils import Cache
 
 import hf_paged_flash
-from hf_paged_flash.backend import Counters
 from hf_paged_flash.eval.comparison import Result, evaluate, results_of
 from hf_paged_flash.eval.report import console, final_line, launch
 from hf_paged_flash.eval.results import device_name, versions
@@ -92,7 +91,7 @@ def perplexities(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max
     return {row.implementation: row for row in results_of(measured, model.device)}
 
 
-def ran_on(counters: Counters, device: torch.device) -> str:
+def ran_on(counters: hf_paged_flash.Counters, device: torch.device) -> str:
     """Which of ours did the work, from what the counters saw."""
     if counters.kernel_total and not counters.reference_total:
         return f"Triton kernels on {device_name(device) if device.type == 'cuda' else 'the CPU, interpreted'}"

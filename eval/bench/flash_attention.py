@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from hf_paged_flash.eval.bench.correctness import MAX_ERROR_RATIO, error_ratio
-from hf_paged_flash.eval.bench.timing import median_ms
+from hf_paged_flash.eval.bench.timing import bench_device, median_ms, shapes_of
 from hf_paged_flash.eval.report import console, final_line, launch, names_of, print_failures, reason_of
 from hf_paged_flash.eval.results import Recorder, device_name, results_folder, versions
 
@@ -151,11 +151,11 @@ def main(
 
     names = names_of(implementations, IMPLEMENTATIONS, "implementations")
     causals = [name == "causal" for name in names_of(masks, ("causal", "full"), "masks")]
-    chosen = [tuple(int(n) for n in shape.split(",")) for shape in shapes.split(";")] if shapes else SHAPES
+    chosen, settled = shapes_of(shapes, SHAPES), bench_device(device)
     recorder = Recorder("flash_attention", device=device, folder=results_folder(record, out))
     measured = []
     for case in tqdm([Case(*shape, causal) for shape in chosen for causal in causals], unit="case"):
-        speeds, failures, ratio = measure(case, names, torch.device(device))
+        speeds, failures, ratio = measure(case, names, settled)
         measured.append((case, speeds, failures, ratio))
         for impl, tflops in speeds.items():
             recorder.add(case.row, impl, "tflops", tflops)

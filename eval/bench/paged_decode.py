@@ -23,7 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from hf_paged_flash.eval.bench.correctness import MAX_ERROR_RATIO, error_ratio
 from hf_paged_flash.eval.bench.flash_attention import SDPA_BACKENDS
-from hf_paged_flash.eval.bench.timing import replayed_us
+from hf_paged_flash.eval.bench.timing import bench_device, replayed_us, shapes_of
 from hf_paged_flash.eval.report import console, final_line, launch, names_of, print_failures, reason_of
 from hf_paged_flash.eval.results import Recorder, device_name, results_folder, versions
 
@@ -182,12 +182,12 @@ def main(
     from tqdm import tqdm
 
     names = names_of(implementations, IMPLEMENTATIONS, "implementations")
-    chosen = [tuple(int(n) for n in shape.split(",")) for shape in shapes.split(";")] if shapes else SHAPES
+    chosen, settled = shapes_of(shapes, SHAPES), bench_device(device)
     sizes = [int(size) for size in names_of(block_sizes, ("16", "32", "64", "128", "256"), "block_sizes")]
     recorder = Recorder("paged_decode", device=device, folder=results_folder(record, out))
     measured = []
     for case in tqdm([Case(*shape, size) for shape in chosen for size in sizes], unit="case"):
-        times, failures, ratio = measure(case, names, torch.device(device))
+        times, failures, ratio = measure(case, names, settled)
         measured.append((case, times, failures, ratio))
         for impl, us in times.items():
             recorder.add(asdict(case), impl, "us", us)

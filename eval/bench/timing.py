@@ -9,6 +9,30 @@ import torch
 from hf_paged_flash.errors import ArgumentError
 
 
+def bench_device(name: str) -> torch.device:
+    """The device to measure; raises ArgumentError for CUDA where there is none."""
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ArgumentError(
+            f"`device` is {name!r}, but torch finds no GPU: `--device cpu` shows that the command works"
+        )
+    return device
+
+
+def shapes_of(given: str | None, default: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+    """Shapes written as "1,2;3,4", each as long as those of `default`; None gives `default`."""
+    if given is None:
+        return default
+    try:
+        shapes = tuple(tuple(int(number) for number in shape.split(",")) for shape in given.split(";"))
+    except ValueError:
+        shapes = ((),)
+    if any(len(shape) != len(default[0]) or min(shape) < 1 for shape in shapes):
+        example = ",".join(map(str, default[0]))
+        raise ArgumentError(f"`shapes` must be numbers as in {example!r}, separated by semicolons, got {given!r}")
+    return shapes
+
+
 def median_ms(call: Callable[[], object], device: torch.device) -> float:
     """Median milliseconds of `call`, warmed up, with L2 flushed before each run on CUDA (triton's `do_bench`)."""
     if device.type == "cuda":

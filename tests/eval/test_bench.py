@@ -8,8 +8,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from typer.testing import CliRunner
 
+from hf_paged_flash.errors import ArgumentError
 from hf_paged_flash.eval.bench import flash_attention, paged_decode
 from hf_paged_flash.eval.bench.correctness import MAX_ERROR_RATIO, attention_rows, error_ratio
+from hf_paged_flash.eval.bench.timing import median_ms, replayed_us
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -75,6 +77,28 @@ def test_paged_decode_command(tmp_path):
     assert [row["metric"] for row in rows[:2]] == ["us", "gbps"] and len(rows) == 8
     assert rows[0]["case"] == {"b": 2, "ctx": 50, "block_size": 16, "h": 32, "hk": 8, "d": 128}
     assert rows[0]["value"] * rows[1]["value"] == pytest.approx(2 * 2 * 2 * 50 * 8 * 128 / 1e3)
+
+
+@pytest.mark.parametrize("module", [flash_attention, paged_decode])
+@pytest.mark.parametrize("shapes", ["1,2,3", "1,x", "0,5", "", "1,2;3"])
+def test_shapes_that_are_none_are_refused(module, shapes):
+    result = CliRunner().invoke(module.app, ["--device", "cpu", "--shapes", shapes])
+    assert isinstance(result.exception, ArgumentError) and "`shapes` must be" in str(result.exception)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("module", [flash_attention, paged_decode])
+def test_missing_gpu_is_said(module):
+    assert "torch finds no GPU" in str(CliRunner().invoke(module.app, []).exception)
+
+
+@pytest.mark.gpu
+def test_graph_replay_gives_the_time_of_one_call():
+    x = torch.randn(2**28, device="cuda")
+    one, four = (replayed_us([lambda: torch.add(x, 1)] * calls, x.device) for calls in (1, 4))
+    assert one == pytest.approx(four, rel=0.3)
+    by_events = median_ms(lambda: torch.add(x, 1), x.device) * 1e3
+    assert four == pytest.approx(by_events, rel=0.3)
 
 
 @pytest.mark.parametrize("module", [flash_attention, paged_decode])

@@ -107,3 +107,21 @@ def test_two_processes_agree_with_one(window, tiny_model_path, text_file, tmp_pa
     for one, two in zip(*reports, strict=True):
         assert one["tokens"] == two["tokens"] == 299
         assert two["ppl"] == pytest.approx(one["ppl"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_shipped_model_in_fp32_differs_by_less_than_1e_4():
+    result = run("--device", "cpu", "--dtype", "float32", "--max-tokens", "600", "--window", "256")
+    assert result.exit_code == 0, result.output
+    assert last_line(result.stdout)["tolerance"] == 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 1e-3), ("float16", 1e-3)])
+def test_shipped_model_on_a_gpu(dtype, tolerance):
+    result = run("--device", "cuda", "--dtype", dtype, "--max-tokens", "8192", "--window", "512")
+    assert result.exit_code == 0, result.output
+    summary = last_line(result.stdout)
+    assert summary["tolerance"] == tolerance and not summary["counters"]["reference"]
+    # On every way keys and values came through the kernels.
+    assert set(summary["counters"]["kernel"]) == {"flash_forward", "paged_decode", "store_kv"}

@@ -1,0 +1,138 @@
+"""The command `hf-paged-flash`: each subcommand imports the module that does its work when it is called."""
+
+import typer
+
+app = typer.Typer(
+    name="hf-paged-flash",
+    help="FlashAttention and a paged KV cache for Hugging Face transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+bench = typer.Typer(help="Kernel benchmarks against their peers.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+# The options, and `--help`, belong to the module: click must pass them on as they are.
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+def _hand_over(context: typer.Context, module: str) -> None:
+    import importlib
+
+    from hf_paged_flash.eval.report import launch
+
+    launch(importlib.import_module(module).app, context.args, context.command_path)
+
+
+@app.command(context_settings=PASSED_ON)
+def demo(context: typer.Context) -> None:
+    """Generate with the shipped model on paged_flash and on eager, and compare text, memory and perplexity."""
+    _hand_over(context, "hf_paged_flash.eval.demo")
+
+
+@app.command(context_settings=PASSED_ON)
+def perplexity(context: typer.Context) -> None:
+    """Compare perplexity and logits of attention implementations, in three ways through the model."""
+    _hand_over(context, "hf_paged_flash.eval.perplexity")
+
+
+@app.command(context_settings=PASSED_ON)
+def memory(context: typer.Context) -> None:
+    """Compare the K/V memory of DynamicCache, StaticCache and PagedCache on a ragged batch."""
+    _hand_over(context, "hf_paged_flash.eval.memory")
+
+
+@bench.command("flash-attention", context_settings=PASSED_ON)
+def bench_flash_attention(context: typer.Context) -> None:
+    """Forward attention against SDPA (FlashAttention-2, cuDNN) and FlexAttention."""
+    _hand_over(context, "hf_paged_flash.eval.bench.flash_attention")
+
+
+@bench.command("paged-decode", context_settings=PASSED_ON)
+def bench_paged_decode(context: typer.Context) -> None:
+    """One decode step over a block table against FlashInfer and SDPA."""
+    _hand_over(context, "hf_paged_flash.eval.bench.paged_decode")
+
+
+@app.command()
+def info() -> None:
+    """Show versions, the backend, what would run on each device and why, and what is registered in transformers."""
+    import platform
+
+    import torch
+    from rich.table import Table
+
+    import hf_paged_flash
+    from hf_paged_flash import backend
+    from hf_paged_flash.eval.report import console
+    from hf_paged_flash.eval.results import commit, versions
+
+    table = Table(show_header=False)
+    table.add_row("hf_paged_flash", f"{hf_paged_flash.__version__} (commit {commit()})")
+    table.add_row("python", platform.python_version())
+    for package, version in versions().items():
+        table.add_row(package, version or "not installed")
+    table.add_row("backend", f"{backend.backend()} (HF_PAGED_FLASH_BACKEND or configure(backend=...))")
+    devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
+    for device in devices:
+        table.add_row(_device_name(device), _what_runs(device))
+    table.add_row("registered", _registered())
+    for patch in _patches():
+        table.add_row(f"patch {patch.target}", f"{'applied' if patch.applied else 'not applied'}: {patch.reason}")
+    console().print(table)
+
+
+def _device_name(device) -> str:
+    import torch
+
+    if device.type == "cpu":
+        return "cpu"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{device}: {torch.cuda.get_device_name(device)}, sm_{major}{minor}"
+
+
+def _what_runs(device) -> str:
+    """What attention runs on a device, and why: kernels, the reference, or an error that says what is missing."""
+    import torch
+
+    from hf_paged_flash.backend import backend, use_kernels
+    from hf_paged_flash.errors import BackendError
+
+    try:
+        kernels = use_kernels(torch.empty(0, device=device))
+    except BackendError as error:
+        return f"nothing: {error}"
+    if kernels:
+        how = "Triton kernels" if device.type == "cuda" else "Triton kernels, interpreted (TRITON_INTERPRET=1)"
+        return f"{how}: backend {backend()!r}"
+    if backend() == "reference":
+        return "the torch reference: backend 'reference'"
+    why = "kernels need a CUDA device" if device.type != "cuda" else "triton cannot be imported"
+    return f"the torch reference: {why}"
+
+
+def _registered() -> str:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    places = {"attention": AttentionInterface, "mask": AttentionMaskInterface}
+    found = {kind: "paged_flash" in interface().valid_keys() for kind, interface in places.items()}
+    return ", ".join(f"paged_flash as {kind}: {'yes' if is_there else 'no'}" for kind, is_there in found.items())
+
+
+def _patches() -> list:
+    """Every change to transformers that this package knows, one file each."""
+    import importlib
+    import pkgutil
+
+    from hf_paged_flash import patches
+    from hf_paged_flash.patches.base import Patch
+
+    modules = [
+        importlib.import_module(f"{patches.__name__}.{found.name}") for found in pkgutil.iter_modules(patches.__path__)
+    ]
+    return [value for module in modules for value in vars(module).values() if isinstance(value, Patch)]
+
+
+def main() -> None:
+    """The entry point of the command."""
+    app(prog_name="hf-paged-flash")
