@@ -52,8 +52,8 @@ class Patch:
             got = "is not there" if found is None else f"takes {found}"
             raise IncompatibleTransformersError(
                 f"transformers {transformers.__version__} does not fit this version of hf_paged_flash: {self.target} "
-                f"should take {self.parameters}, but {got}. Checked with transformers {', '.join(self.checked)}: install "
-                "one of these, or a newer hf_paged_flash"
+                f"should take {self.parameters}, but {got}. Checked with transformers {', '.join(self.checked)}: "
+                "install one of these, or a newer hf_paged_flash"
             )
 
     def apply(self) -> None:

@@ -1,8 +1,8 @@
 """`lazy_import_flash_attention("paged_flash")` finds our functions.
 
 Why: transformers takes any attention name with "flash" in it for a package or a hub kernel, looks it up when a model
-is loaded, and raises. We keep the "flash" because it switches on what we want elsewhere: packed rows in vision towers, no
-dense masks. There is no registry to add to.
+is loaded, and raises. We keep the "flash" because it switches on what we want elsewhere: packed rows in vision towers,
+no dense masks. There is no registry to add to.
 """
 
 from transformers import modeling_flash_attention_utils as flash_utils

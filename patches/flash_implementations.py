@@ -1,7 +1,8 @@
 """Models that list the flash implementations they trust take "paged_flash" as well.
 
 Why: gpt_oss and a few more name `_compatible_flash_implementations`, because flash-attn lacks what they need (sinks),
-and replace any other name with "flash" in it by a hub kernel. paged_flash has what they need; there is no list to add to.
+and replace any other name with "flash" in it by a hub kernel. paged_flash has what they need; there is
+no list to add to.
 """
 
 from transformers import PreTrainedModel

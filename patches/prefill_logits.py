@@ -20,8 +20,8 @@ def _prefill(original, self, input_ids, generation_config, model_kwargs, *args, 
         return original(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
     if generation_config.prefill_chunk_size is not None:
         raise UnsupportedFeatureError(
-            "right-padded prompts can't be prefilled in chunks (`prefill_chunk_size`), a row may end in any of them: pad "
-            'on the left (`tokenizer.padding_side = "left"`)'
+            "right-padded prompts can't be prefilled in chunks (`prefill_chunk_size`), a row may end in any of them: "
+            'pad on the left (`tokenizer.padding_side = "left"`)'
         )
     new = mask[:, cache.get_seq_length() :].bool()
     if not bool(new.any(1).all()):

@@ -135,7 +135,7 @@ class PageGroup:
     def out_of_memory(self, blocks_needed: int) -> CacheFullError:
         return CacheFullError(
             f"the device has no memory for {blocks_needed} more blocks of the paged cache, {self.manager.blocks_free} "
-            "are free. The tokens stored before this forward are intact: shorten or split the batch, or free other memory",
+            "are free. The tokens stored before this forward are intact: shorten or split the batch, or free memory",
             blocks_needed=blocks_needed,
             blocks_free=self.manager.blocks_free,
         )

@@ -86,8 +86,8 @@ class PagedTensor(torch.Tensor):
         backend.count("dense_gather", reason)
         logger.warning_once(
             f"paged {self.kind}s were gathered into a dense tensor for `{reason}`: correct, but slower and larger "
-            "than attention over the blocks. It happens where a model does more with its cache than attend to it, or runs "
-            'another attn_implementation than "paged_flash".'
+            "than attention over the blocks. It happens where a model does more with its cache than attend to it, or "
+            'runs another attn_implementation than "paged_flash".'
         )
         return self.layer.gather(self.kind, self.step)
 
