@@ -74,7 +74,9 @@ def tiny_model(
 
     The weights are large enough for attention to matter: with the usual 0.02 a tiny model hardly looks at its past.
     """
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation, dtype=dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation, dtype=dtype)
     randomize(model, seed)
     return model.eval()
 
