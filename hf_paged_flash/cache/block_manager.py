@@ -138,8 +138,8 @@ class BlockManager:
         if self.max_blocks is not None and needed > room:
             raise CacheFullError(
                 f"the paged cache is full: {needed} more blocks of {self.block_size} tokens are needed, "
-                f"{max(room, 0)} are free under the cap of {self.max_blocks} blocks. Nothing was stored and nothing was lost: raise "
-                "`num_blocks` or `max_memory`, shorten or split the batch, or free room with `reset()` or `crop()`",
+                f"{max(room, 0)} are free under the cap of {self.max_blocks} blocks. Nothing was stored and nothing was "
+                "lost: raise `num_blocks` or `max_memory`, shorten or split the batch, or free room with `reset()` or `crop()`",
                 blocks_needed=needed,
                 blocks_free=max(room, 0),
             )
