@@ -76,9 +76,9 @@ def test_info_says_what_runs_and_why(backend, said):
         assert line in result.stdout
 
 
-def test_subcommands_are_imported_when_called():
+def test_subcommands_are_imported_when_called(tmp_path):
     code = "import sys, hf_paged_flash.cli; print([m for m in sys.modules if m.startswith('hf_paged_flash.eval')])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout.strip() == "[]"
 
 
