@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from hf_paged_flash.ops.layouts import Keys, gather, key_rows, row_index
+
 # Elements of one chunk's score matrix: 2 MiB in fp32, which a CPU core's cache holds.
 _CHUNK_ELEMENTS = 1 << 19
 _MIN_CHUNK = 16
@@ -26,20 +28,6 @@ class _Scoring(NamedTuple):
     window_right: int
     softcap: float
     s_aux: torch.Tensor | None
-
-
-class _Keys(NamedTuple):
-    """Keys and values in one of three layouts, and how many of them each row uses.
-
-    Dense (B, Sk, Hkv, D | Dv): `starts` and `block_table` are None. Packed (Tk, Hkv, D | Dv): row b begins at
-    `starts[b]`. Paged (num_blocks, block_size, Hkv, D | Dv): row b's blocks are `block_table[b]`.
-    """
-
-    k: torch.Tensor
-    v: torch.Tensor
-    lengths: list[int]
-    starts: list[int] | None
-    block_table: torch.Tensor | None
 
 
 @torch.no_grad()
@@ -83,7 +71,8 @@ def flash_forward(
         out in q's layout with Dv, in q's dtype; lse, natural log, fp32 (fp64 for fp64 inputs), (B, Hq, Sq) or packed
         (Hq, Tq). A query that sees no key gives out 0 and lse -inf, with a sink too.
     """
-    keys = _keys(k, v, q, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table)
+    rows = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.numel() - 1
+    keys = key_rows(k, v, rows, cu_seqlens_k, seqused_k, block_table)
     scoring = _Scoring(softmax_scale, window_left, 0 if causal else window_right, softcap, s_aux)
     compute_dtype = torch.promote_types(q.dtype, torch.float32)
     out = q.new_zeros((*q.shape[:-1], v.shape[-1]))
@@ -176,24 +165,6 @@ def _without_autocast(tensor):
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
-def _keys(k, v, q, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table) -> _Keys:
-    starts, rows, room = None, q.shape[0], k.shape[1]
-    if cu_seqlens_q is not None:
-        rows = cu_seqlens_q.numel() - 1
-    if block_table is not None:
-        room *= block_table.shape[1]
-    lengths = [room] * rows
-    if cu_seqlens_k is not None:
-        bounds = cu_seqlens_k.tolist()
-        differences = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
-        starts = bounds[:-1] if block_table is None else None
-        lengths = differences if block_table is None else [min(n, room) for n in differences]
-    if seqused_k is not None:
-        limits = lengths if block_table is None else [room] * rows
-        lengths = [max(0, min(used, limit)) for used, limit in zip(seqused_k.tolist(), limits, strict=True)]
-    return _Keys(k, v, lengths, starts, block_table)
-
-
 def _one_batch(q_lengths: list[int], k_lengths: list[int], heads: int) -> bool:
     """Whether rows are padded into one batch: they are equal, few, or padding at most doubles the work."""
     padded = len(q_lengths) * max(q_lengths, default=0) * max(k_lengths, default=0)
@@ -201,7 +172,7 @@ def _one_batch(q_lengths: list[int], k_lengths: list[int], heads: int) -> bool:
     return padded <= 2 * exact or padded * heads <= _SMALL_BATCH_ELEMENTS
 
 
-def _dense_queries(q, keys: _Keys, scoring: _Scoring, out, lse) -> None:
+def _dense_queries(q, keys: Keys, scoring: _Scoring, out, lse) -> None:
     rows, seqlen_q = q.shape[:2]
     q_lengths = [seqlen_q] * rows
     step = max(rows, 1) if _one_batch(q_lengths, keys.lengths, q.shape[2]) else 1
@@ -210,7 +181,7 @@ def _dense_queries(q, keys: _Keys, scoring: _Scoring, out, lse) -> None:
         _attend_rows(q[picked], keys, picked, q_lengths[picked], scoring, out[picked], lse[picked])
 
 
-def _packed_queries(q, bounds: list[int], keys: _Keys, scoring: _Scoring, out, lse) -> None:
+def _packed_queries(q, bounds: list[int], keys: Keys, scoring: _Scoring, out, lse) -> None:
     starts = bounds[:-1]
     lengths = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
     if not lengths or max(lengths) == 0:
@@ -220,7 +191,7 @@ def _packed_queries(q, bounds: list[int], keys: _Keys, scoring: _Scoring, out, l
             row = slice(start, start + length)
             _attend_rows(q[None, row], keys, slice(b, b + 1), [length], scoring, out[None, row], lse[None, :, row])
         return
-    index, real = _row_index(starts, lengths, q.shape[0], q.device)
+    index, real = row_index(starts, lengths, q.shape[0], q.device)
     padded_q = q[index]
     padded_out = padded_q.new_zeros((*padded_q.shape[:-1], out.shape[-1]))
     padded_lse = lse.new_full((len(lengths), q.shape[1], index.shape[1]), float("-inf"))
@@ -229,66 +200,17 @@ def _packed_queries(q, bounds: list[int], keys: _Keys, scoring: _Scoring, out, l
     lse[:, index[real]] = padded_lse.transpose(0, 1)[:, real]
 
 
-def _row_index(starts: list[int], lengths: list[int], total: int, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices (R, max length) of each row's tokens in a packed tensor, and which of them are real."""
-    offsets = torch.arange(max(lengths), device=device)
-    index = torch.tensor(starts, device=device)[:, None] + offsets
-    real = offsets < torch.tensor(lengths, device=device)[:, None]
-    return index.clamp_(max=total - 1), real
-
-
-def _attend_rows(q, keys: _Keys, batch: slice, q_lengths: list[int], scoring: _Scoring, out, lse) -> None:
+def _attend_rows(q, keys: Keys, batch: slice, q_lengths: list[int], scoring: _Scoring, out, lse) -> None:
     """Attention of the rows `batch`: q (R, Sq, Hq, D), out (R, Sq, Hq, Dv), lse (R, Hq, Sq), each a view or padded."""
     lengths = keys.lengths[batch]
     if not q.numel() or max(lengths) == 0:
         return
     offsets = [length - seqlen_q for length, seqlen_q in zip(lengths, q_lengths, strict=True)]
     first = max(0, min(offsets) - scoring.window_left) if scoring.window_left >= 0 else 0
-    k, v, valid, first = _gather(keys, batch, lengths, first)
+    k, v, valid, first = gather(keys, batch, lengths, first)
     # (R, Sk, Hkv, D) -> (R, Hkv, Sk, D), contiguous: matmul would otherwise copy them again for every chunk.
     k, v = (x.permute(0, 2, 1, 3).to(lse.dtype).contiguous() for x in (k, v))
     _attend(q, k, v, valid, [offset - first for offset in offsets], scoring, out, lse)
-
-
-def _gather(keys: _Keys, batch: slice, lengths: list[int], first: int):
-    """Keys and values [first', max length) of the rows, `first'` <= `first`.
-
-    Returns k (R, Sk, Hkv, D); v (R, Sk, Hkv, Dv), 0 where a key is not valid; valid (R, Sk) bool, None if all are;
-    and first'.
-    """
-    stop = max(lengths)
-    device = keys.k.device
-    table = None
-    if keys.block_table is not None:
-        block_size = keys.k.shape[1]
-        first_block = first // block_size
-        first = first_block * block_size
-        table = keys.block_table[batch, first_block : -(-stop // block_size)]
-        blocks = table.clamp(min=0).flatten()
-        k, v = (x.index_select(0, blocks).unflatten(0, table.shape).flatten(1, 2) for x in (keys.k, keys.v))
-    elif keys.starts is None:
-        k, v = (x[batch, first:stop] for x in (keys.k, keys.v))
-    elif len(lengths) == 1:
-        start = keys.starts[batch.start]
-        k, v = (x[None, start + first : start + stop] for x in (keys.k, keys.v))
-    else:
-        starts = [start + first for start in keys.starts[batch]]
-        index, _ = _row_index(starts, [length - first for length in lengths], keys.k.shape[0], device)
-        k, v = keys.k[index], keys.v[index]
-    valid = None
-    if min(lengths) < stop:
-        position = torch.arange(first, first + k.shape[1], device=device)
-        valid = position < torch.tensor(lengths, device=device)[:, None]
-    if table is not None and bool((table < 0).any()):
-        present = (table >= 0).repeat_interleave(block_size, 1)
-        valid = present if valid is None else valid & present
-    if valid is not None:
-        # 0 * NaN is NaN, and what no query sees may be anything.
-        if table is None and keys.starts is None:
-            v = v.clone(memory_format=torch.contiguous_format)
-        v.view(-1, *v.shape[2:]).index_fill_(0, (~valid).flatten().nonzero().squeeze(1), 0.0)
-        valid = valid[:, : stop - first]
-    return k[:, : stop - first], v[:, : stop - first], valid, first
 
 
 def _attend(q, k, v, valid, offsets: list[int], scoring: _Scoring, out, lse) -> None:

@@ -199,6 +199,33 @@ def test_blocks_left_of_the_window_may_be_gone():
         assert_close(lse[b], expected_lse)
 
 
+@pytest.mark.parametrize("layout", ["dense", "packed", "paged"])
+@pytest.mark.parametrize("padded", [True, False], ids=["one-batch", "row-by-row"])
+def test_keys_left_of_every_window(layout, padded, monkeypatch):
+    q_lengths, k_lengths = [2, 1, 3], [40, 51, 47]
+    if not padded:
+        monkeypatch.setattr(reference, "_one_batch", lambda *_: False)
+    settings = {"softmax_scale": 0.25, "causal": True, "window_left": 6}
+    q, k, v = tensors((6, 4, 16), (3, 51, 2, 16), 16)
+    cu_q = cumulative(q_lengths)
+    options = {"seqused_k": torch.tensor(k_lengths, dtype=torch.int32)}
+    if layout == "dense":
+        k_all, v_all = k, v
+    elif layout == "packed":
+        k_all, v_all = (torch.cat([x[b, :n] for b, n in enumerate(k_lengths)]) for x in (k, v))
+        options = {"cu_seqlens_k": cumulative(k_lengths)}
+    else:
+        k_all, v_all, options["block_table"] = paged(k, v, k_lengths, 16)
+    out, lse = flash_forward(
+        q, k_all, v_all, cu_seqlens_q=cu_q, max_seqlen_q=3, max_seqlen_k=51, **options, **settings
+    )
+    for b, length in enumerate(k_lengths):
+        row = slice(cu_q[b], cu_q[b + 1])
+        expected_out, expected_lse = naive_row(q[row], k[b, :length], v[b, :length], **settings)
+        assert_close(out[row], expected_out)
+        assert_close(lse[:, row], expected_lse)
+
+
 @pytest.mark.parametrize("feature", FEATURES)
 def test_chunks_of_queries_change_nothing(feature, monkeypatch):
     q, k, v = tensors((2, 51, 4, 16), (2, 67, 2, 16), 16)
