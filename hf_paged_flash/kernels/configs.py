@@ -50,27 +50,24 @@ def device_of(tensor: torch.Tensor) -> Device:
     return _cuda_device(torch.cuda.current_device() if index is None else index)
 
 
-# {largest padded head_dim: tiles} for 16-bit inputs on Hopper, on Ampere and later, and without cp.async (Turing)
+# {largest padded head_dim: tiles}; tests/kernels/test_compile.py holds each against registers and shared memory
 _FORWARD_HOPPER = {
-    64: (Tile(128, 128, 8, 2), Tile(128, 64, 4, 2)),
-    128: (Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
-    256: (Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1)),
+    64: (Tile(128, 128, 8, 2),),
+    128: (Tile(128, 128, 8, 2),),
+    256: (Tile(128, 64, 8, 2),),
 }
+_FORWARD_BLACKWELL = {**_FORWARD_HOPPER, 256: (Tile(128, 32, 8, 2),)}
 _FORWARD_AMPERE = {
-    64: (Tile(128, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 32, 4, 1)),
-    128: (Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 1)),
-    256: (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 16, 4, 1)),
+    64: (Tile(128, 64, 4, 3),),
+    128: (Tile(128, 32, 8, 3),),
+    256: (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
 }
-_FORWARD_TURING = {
-    64: (Tile(64, 32, 4, 1),),
-    128: (Tile(64, 32, 4, 1), Tile(32, 32, 4, 1)),
-    256: (Tile(32, 16, 4, 1),),
-}
-# fp32 keeps IEEE products: no tensor cores, so small tiles, the accumulator in registers
-_FORWARD_FP32 = {
-    64: (Tile(64, 32, 4, 1),),
-    128: (Tile(32, 32, 4, 1),),
-    256: (Tile(32, 16, 8, 1), Tile(16, 16, 4, 1)),
+_FORWARD_GEFORCE_BLACKWELL = {**_FORWARD_AMPERE, 64: (Tile(128, 64, 8, 3),)}
+# fp32 keeps IEEE products, and Triton has no tensor cores before Ampere (since 3.3): operands fill the registers
+_FORWARD_NO_TENSOR_CORES = {
+    64: (Tile(64, 32, 8, 1),),
+    128: (Tile(32, 32, 8, 1),),
+    256: (Tile(32, 16, 8, 1),),
 }
 _FORWARD_INTERPRETER = {256: (Tile(32, 32, 4, 1),)}
 
@@ -80,18 +77,21 @@ def _shared_memory(tile: Tile, block_d: int, block_dv: int, element_size: int) -
     return element_size * (tile.block_m * block_d + tile.num_stages * tile.block_n * (block_d + block_dv))
 
 
+def _forward_table(dtype: torch.dtype, capability: int) -> dict[int, tuple[Tile, ...]]:
+    if capability == 0:
+        return _FORWARD_INTERPRETER
+    if dtype == torch.float32 or capability < 80:
+        return _FORWARD_NO_TENSOR_CORES
+    if capability < 90:
+        return _FORWARD_AMPERE
+    if capability < 100:
+        return _FORWARD_HOPPER
+    return _FORWARD_BLACKWELL if capability < 120 else _FORWARD_GEFORCE_BLACKWELL
+
+
 def forward_tile(block_d: int, block_dv: int, dtype: torch.dtype, device: Device) -> Tile:
     """The forward kernel's tile for padded head dims `block_d` (K) and `block_dv` (V)."""
-    if device.capability == 0:
-        table = _FORWARD_INTERPRETER
-    elif dtype == torch.float32:
-        table = _FORWARD_FP32
-    elif device.capability >= 90:
-        table = _FORWARD_HOPPER
-    elif device.capability >= 80:
-        table = _FORWARD_AMPERE
-    else:
-        table = _FORWARD_TURING
+    table = _forward_table(dtype, device.capability)
     widest = max(block_d, block_dv)
     candidates = table[min(limit for limit in table if limit >= widest)]
     for tile in candidates:
@@ -106,13 +106,13 @@ def decode_tile(block_d: int, block_dv: int, rows: int, dtype: torch.dtype, devi
     widest = max(block_d, block_dv)
     if device.capability == 0:
         return Tile(block_m, 32, 4, 1)
-    if dtype == torch.float32:
-        return Tile(min(block_m, 32), 32 if widest <= 128 else 16, 4, 1)
-    if device.capability < 80:
-        return Tile(min(block_m, 32), 32 if widest <= 128 else 16, 4, 1)
+    if dtype == torch.float32 or device.capability < 80:
+        block_m = min(block_m, 32)
+        return Tile(block_m, 32, 4, 1) if widest <= 64 else Tile(block_m, 16, block_m // 4, 1)
     block_n = 64 if widest <= 128 else 32
+    num_warps = 8 if block_m == 64 and widest > 128 else 4
     for num_stages in (3, 2, 1):
-        tile = Tile(block_m, block_n, 4, num_stages)
+        tile = Tile(block_m, block_n, num_warps, num_stages)
         if _shared_memory(tile, block_d, block_dv, dtype.itemsize) <= device.shared_memory:
             return tile
     return Tile(16, 16, 4, 1)
