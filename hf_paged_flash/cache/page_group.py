@@ -51,6 +51,7 @@ class PageGroup:
         self.manager = BlockManager(self.manager.block_size, self._max_blocks)
         self.pools.clear()
         self.columns = 0
+        self.layer_columns: dict[int, int] = {}  # columns that each layer has stored, by layer index
         self.step: ForwardStep | None = None
         self.pending_mask: torch.Tensor | None = None
         self._mask: torch.Tensor | None = None  # bool (batch, n <= columns), later columns are real; None: all real
@@ -263,6 +264,7 @@ class PageGroup:
 
     def _lengths_changed(self, columns: int) -> None:
         self.columns = columns
+        self.layer_columns = {layer: min(stored, columns) for layer, stored in self.layer_columns.items()}
         self.step = None
         self._block_table = None
         if self._cache_seqlens is not None:

@@ -32,13 +32,12 @@ class PagedLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.pool: BlockPool | None = None
         self._step: ForwardStep | None = None
-        self._columns = 0
         self.is_initialized = False
 
     @property
     def columns(self) -> int:
-        """Columns stored by this layer; those a failed forward took back no longer count."""
-        return min(self._columns, self.group.columns)
+        """Columns stored by this layer: fewer than the group's where a forward has not come so far."""
+        return self.group.layer_columns.get(self.layer_idx, 0)
 
     @property
     def keys(self) -> torch.Tensor | None:
@@ -76,7 +75,8 @@ class PagedLayer(CacheLayerMixin):
             self.pool.copy_blocks(local.copies)
         with torch.no_grad():
             self.pool.store(key_states.transpose(1, 2), value_states.transpose(1, 2), local.slot_mapping)
-        self._step, self._columns = step, step.end
+        self._step = step
+        self.group.layer_columns[self.layer_idx] = step.end
         fresh = (key_states, value_states) if step.start == 0 else (None, None)
         return self._handle("key", fresh[0]), self._handle("value", fresh[1])
 
