@@ -8,7 +8,6 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from .attention import paged_flash_attention_forward
 from .errors import IncompatibleTransformersError
 from .masks import paged_flash_mask
-from .versions import check_transformers
 
 ATTENTION_NAME = "paged_flash"
 
@@ -21,9 +20,8 @@ def register() -> None:
     `import hf_paged_flash` calls it.
 
     Raises:
-        IncompatibleTransformersError: transformers is too old, or differs where a patch must fit; nothing is changed.
+        IncompatibleTransformersError: transformers differs where a patch must fit; nothing is changed.
     """
-    check_transformers()
     try:
         # imported here: `hf_paged_flash.patches` imports what this package exports
         from hf_paged_flash.patches import ALL_PATCHES
