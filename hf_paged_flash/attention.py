@@ -7,6 +7,7 @@ from torch import nn
 
 from .cache import PagedTensor
 from .errors import ArgumentError, UnsupportedFeatureError
+from .masks import masks_nothing, window_of
 from .ops import library
 from .ops.flash_attn import MAX_DECODE_QUERIES
 
@@ -58,7 +59,7 @@ def paged_flash_attention_forward(
         attention_mask: what `masks.paged_flash_mask` returned.
         dropout: must be 0 (training is not built yet).
         scaling: softmax scale; None = 1 / sqrt(D).
-        sliding_window: keys a query sees, itself included; both ways for a bidirectional layer.
+        sliding_window: keys a query sees, itself included, where `attention_mask` does not say it.
         softcap: scores become softcap * tanh(score / softcap).
         is_causal: None = the module's own `is_causal`.
         s_aux: (Hq,), attention sinks.
@@ -75,11 +76,12 @@ def paged_flash_attention_forward(
     dtype = _target_dtype(query, key, value)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     window = -1 if sliding_window is None else sliding_window - 1
+    window_left, window_right = window_of(attention_mask) or (window, window)
     options = _Options(
         softmax_scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
         causal=bool(causal),
-        window_left=window,
-        window_right=0 if causal else window,
+        window_left=window_left,
+        window_right=0 if causal else window_right,
         softcap=softcap or 0.0,
         s_aux=s_aux,
     )
@@ -101,7 +103,7 @@ def paged_flash_attention_forward(
         key, value = key.to(dtype), value.to(dtype)
         if cu_seq_lens_q is not None:
             out = _packed(query, key, value, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, options)
-        elif attention_mask is None:
+        elif masks_nothing(attention_mask):
             out = _dense(query, key, value, options)
         elif attention_mask.dtype == torch.bool:
             out = _padded(query, key, value, attention_mask, options)

@@ -1,11 +1,14 @@
 """The mask function of "paged_flash": padding as a 2-D mask or packed rows as segment ids, never an S x S matrix.
 
-transformers describes a mask by a composed function (causal, window, padding, packed rows, overlays). Causality and
-windows reach the attention function as arguments of the layer; what is left is handed over as
+transformers describes a mask by a composed function (causal, window, padding, packed rows, overlays). Causality
+reaches the attention function as an argument of the layer; what is left is handed over as
 
 - None: every key is a token;
 - bool (B, kv_length): False where a key is padding;
 - int32 (B, kv_length): packed rows, tokens attend within equal ids.
+
+With a sliding window it is always a tensor, and has the window as an attribute (`window_of`): not every layer that
+slides says so (Qwen2-MoE, Phi-MoE), and two-sided windows are one key wider here than in the layers' `sliding_window`.
 
 An overlay that none of these can carry (image blocks, chunked attention, a mask function of the user's) is refused.
 """
@@ -18,8 +21,7 @@ from transformers import masking_utils
 from .cache.mask_handoff import announce_mask
 from .errors import UnsupportedFeatureError
 
-# Windows are told to the attention function too, by the layer (`sliding_window`).
-_CARRIED_BY_THE_LAYER = ("sliding_window_overlay", "sliding_window_bidirectional_overlay")
+_WINDOWS = ("sliding_window_overlay", "sliding_window_bidirectional_overlay")
 _REFUSED = {
     "chunked_overlay": "chunked attention",
     "blockwise_overlay": "blocks of tokens that see each other (images in a text)",
@@ -47,14 +49,16 @@ def _closure(function: Callable) -> dict:
     return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in function.__closure__), strict=True))
 
 
-def _segments(mask_function: Callable) -> torch.Tensor | None:
-    """Segment ids (B, S) of packed rows, or None. Raises for what the attention function would not be told."""
-    segments = None
+def _pattern(mask_function: Callable) -> tuple[torch.Tensor | None, tuple[int, int] | None]:
+    """Segment ids (B, S) of packed rows and (left, right) window, or None. Raises for what can't be handed over."""
+    segments = window = None
     for part in _parts(mask_function):
         maker = _maker(part)
         if part in (masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function):
             continue
-        if maker in _CARRIED_BY_THE_LAYER:
+        if maker in _WINDOWS:
+            size = _closure(part)["sliding_window"]
+            window = (size - 1, 0) if maker == "sliding_window_overlay" else (size, size)
             continue
         if maker == "packed_sequence_mask_function":
             segments = _closure(part)["packed_sequence_mask"]
@@ -68,7 +72,17 @@ def _segments(mask_function: Callable) -> torch.Tensor | None:
             f"this model asks for {asked}, which paged_flash can't honour yet: load it with "
             'attn_implementation="sdpa" or "eager"'
         )
-    return segments
+    return segments, window
+
+
+def window_of(mask: torch.Tensor | None) -> tuple[int, int] | None:
+    """Keys to the left and right of a query's own that it sees, as the mask's pattern says; None for no window."""
+    return getattr(mask, "_paged_flash_window", None)
+
+
+def masks_nothing(mask: torch.Tensor | None) -> bool:
+    """Whether a mask is there for its window alone."""
+    return mask is None or getattr(mask, "_paged_flash_masks_nothing", False)
 
 
 def paged_flash_mask(
@@ -89,24 +103,40 @@ def paged_flash_mask(
         attention_mask: bool (B, columns so far), False for padding, or None.
 
     Returns:
-        None, bool (B, <= kv_length) or int32 (B, kv_length); see the module's docstring.
+        None, bool (B, <= kv_length) or int32 (B, kv_length), perhaps with a window; see the module's docstring.
 
     Raises:
         UnsupportedFeatureError: the pattern holds an overlay that can't be honoured.
     """
-    segments = _segments(mask_function)
+    segments, window = _pattern(mask_function)
     if segments is not None:  # only without a cache
-        return segments.to(torch.int32)
+        mask = segments.to(torch.int32, copy=True)
+    else:
+        sizes = batch_size, q_length, kv_length, q_offset, kv_offset
+        mask = _padding(attention_mask, sizes, _is_bidirectional(mask_function), kwargs.get("device"))
+    if window is not None:
+        if mask is None:
+            mask = torch.ones(1, 1, dtype=torch.bool, device=kwargs.get("device")).expand(batch_size, kv_length)
+            mask._paged_flash_masks_nothing = True
+        mask._paged_flash_window = window
+    return mask
+
+
+def _padding(
+    attention_mask: torch.Tensor | None, sizes: tuple, is_bidirectional: bool, device: torch.device | None
+) -> torch.Tensor | None:
+    """The padding among the keys of a forward, bool (B, <= kv_length), or None; tells the cache, if there is one."""
+    batch_size, q_length, kv_length, q_offset, kv_offset = sizes
     if attention_mask is not None:
         attention_mask = attention_mask.clone()  # kept beyond this call: a bool mask may be the user's own tensor
     if announce_mask(attention_mask, q_length, kv_length):
         return attention_mask
     if attention_mask is None:
         seen = int(q_offset) + q_length - kv_offset
-        if kv_length <= seen or _is_bidirectional(mask_function):
+        if kv_length <= seen or is_bidirectional:
             return None
         # a static cache is longer than what it holds: the rest is padding
-        return torch.ones(batch_size, seen, dtype=torch.bool, device=kwargs.get("device"))
+        return torch.ones(batch_size, seen, dtype=torch.bool, device=device)
     attention_mask = attention_mask[:, kv_offset : kv_offset + kv_length]
     if torch.compiler.is_compiling():
         return attention_mask
