@@ -96,7 +96,7 @@ def paged_flash_attention_forward(
             "with packed rows, or a padded batch with the cache"
         )
     query = query.to(dtype)
-    if _are_paged(key, value):
+    if _are_paged(key, value) and (key.step.knows_mask or masks_nothing(attention_mask)):
         out = _paged(query, key, value, options)
     else:
         key, value = (x.dense("attention") if isinstance(x, PagedTensor) else x for x in (key, value))
@@ -105,10 +105,10 @@ def paged_flash_attention_forward(
             out = _packed(query, key, value, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, options)
         elif masks_nothing(attention_mask):
             out = _dense(query, key, value, options)
-        elif attention_mask.dtype == torch.bool:
-            out = _padded(query, key, value, attention_mask, options)
-        else:
+        elif attention_mask.dtype == torch.int32:
             out = _segmented(query, key, value, attention_mask, options)
+        else:
+            out = _padded(query, key, value, attention_mask.bool(), options)
     return out.to(dtype), None  # a cache may store, and attention then run, in another dtype
 
 
@@ -124,10 +124,11 @@ def _refuse(module: nn.Module, dropout: float, attention_mask: torch.Tensor | No
                 f"{type(module).__name__} passes `{name}`, {meaning}, which paged_flash can't apply: load the "
                 'model with attn_implementation="sdpa" or "eager"'
             )
-    if attention_mask is not None and attention_mask.dim() != 2:
+    if attention_mask is not None and (attention_mask.dim() != 2 or attention_mask.is_floating_point()):
         raise UnsupportedFeatureError(
-            f"`attention_mask` must be 2-D (batch, columns) under paged_flash, got {tuple(attention_mask.shape)}: "
-            'for a mask of your own load the model with attn_implementation="sdpa" or "eager"'
+            "`attention_mask` must be 2-D (batch, columns), bool or integer, under paged_flash, got "
+            f"{tuple(attention_mask.shape)} of {attention_mask.dtype}: for a mask of your own load the model with "
+            'attn_implementation="sdpa" or "eager"'
         )
     if dropout or (module.training and torch.is_grad_enabled()):
         raise UnsupportedFeatureError(
@@ -148,11 +149,13 @@ def _target_dtype(*tensors: torch.Tensor) -> torch.dtype:
 
 
 def _are_paged(key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether they are one layer's, as the cache holds them now: a step's table is of no use once rows have moved."""
     return (
         isinstance(key, PagedTensor)
         and isinstance(value, PagedTensor)
         and key.layer is value.layer
         and (key.kind, value.kind) == ("key", "value")
+        and key.step is key.layer.group.step
     )
 
 

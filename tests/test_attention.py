@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, DynamicCache, StaticCache
+from transformers import AutoConfig, DynamicCache, EncoderDecoderCache, StaticCache
 
 from hf_paged_flash import ArgumentError, PagedCache, UnsupportedFeatureError, counters, reset_counters
 from hf_paged_flash.attention import paged_flash_attention_forward
@@ -199,6 +199,35 @@ class TestOtherCaches:
                 torch.testing.assert_close(logits[real], expected[real], **TOLERANCE)
 
 
+class TestMasksThatTheCacheWasNotTold:
+    """A model with mask code of its own gives attention a 2-D mask, and the cache stores padding as tokens."""
+
+    @pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
+    @pytest.mark.parametrize("cached", [True, False])
+    def test_they_are_honoured(self, dtype, cached):
+        layer = nn.Module().eval()
+        mask = ragged_batch([20, 7])[1]
+        q, k, v = torch.randn(2, 4, 20, 16), torch.randn(2, 2, 20, 16), torch.randn(2, 2, 20, 16)
+        cache, parts = PagedCache(tiny_config("llama")), []
+        for start, end in ((0, 17), (17, 19), (19, 20)) if cached else ((0, 20),):
+            new = k[:, :, start:end], v[:, :, start:end]
+            keys, values = cache.update(*new, 0) if cached else (k, v)
+            parts.append(
+                paged_flash_attention_forward(layer, q[:, :, start:end], keys, values, mask[:, :end].to(dtype))[0]
+            )
+        out = torch.cat(parts, 1).transpose(1, 2)
+        allowed = mask.bool()[:, None, None, :] & torch.ones(20, 20, dtype=torch.bool).tril()
+        k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+        expected = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+        real = mask.bool()[:, None, :, None].expand_as(out)
+        torch.testing.assert_close(out[real], expected[real], rtol=0, atol=1e-5)
+
+    def test_numbers_to_add_are_refused(self):
+        x = torch.randn(1, 2, 4, 16)
+        with pytest.raises(UnsupportedFeatureError, match=r"bool or integer.* got \(1, 4\) of torch.float32"):
+            paged_flash_attention_forward(nn.Module().eval(), x, x, x, torch.zeros(1, 4))
+
+
 class TestChats:
     @pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma3_text", "gpt_oss", "gpt2", "deepseek_v3"])
     @pytest.mark.parametrize("pads", [["left"] * 3, ["left", "right", "left"], ["right"] * 3])
@@ -271,6 +300,21 @@ class TestEncodersAndCrossAttention:
         assert torch.equal(model.generate(input_ids, **options), eager.generate(input_ids, **options))
         beams = options | {"num_beams": 3}
         assert torch.equal(model.generate(input_ids, **beams), eager.generate(input_ids, **beams))
+
+    @pytest.mark.parametrize("pad", ["left", "right", None])
+    @pytest.mark.parametrize("num_beams", [1, 3])
+    def test_bart_on_paged_caches_of_the_users(self, num_beams, pad):
+        """The cross-attention's cache is told of no mask, and read again when rows have moved."""
+        eager, model = seq2seq(
+            transformers.BartForConditionalGeneration, transformers.BartConfig, vocab_size=VOCAB_SIZE, d_model=64,
+            encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+            encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64,
+        )  # fmt: skip
+        input_ids, mask = ragged_batch([12, 12] if pad is None else [12, 5], pad)
+        options = {"attention_mask": mask, "max_new_tokens": 12, "num_beams": num_beams, "do_sample": False}
+        cache = EncoderDecoderCache(PagedCache(model.config), PagedCache(model.config))
+        ours = model.generate(input_ids, past_key_values=cache, **options)
+        assert torch.equal(ours, eager.generate(input_ids, **options))
 
     def test_t5gemma_with_windows_in_the_encoder(self):
         sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}

@@ -23,6 +23,7 @@ class ForwardStep:
         max_seqlen_q: no row adds more tokens, int.
         num_blocks: blocks that a layer's pool must have, int.
         copies: int64 (n, 2), blocks to copy (source, target) before storing; None for none.
+        knows_mask: the mask function told which columns are padding; else a mask that attention gets says more.
     """
 
     start: int
@@ -37,6 +38,7 @@ class ForwardStep:
     indices: torch.Tensor | None = None
     cu_seqlens_q: torch.Tensor | None = None
     copies: torch.Tensor | None = None
+    knows_mask: bool = False
     _on_device: dict[torch.device, "ForwardStep"] = field(default_factory=dict, repr=False)
 
     def to(self, device: torch.device) -> "ForwardStep":

@@ -45,7 +45,8 @@ class PageGroup:
         self.columns = 0
         self.layer_columns: dict[int, int] = {}  # columns that each layer has stored, by layer index
         self.step: ForwardStep | None = None
-        self.pending_mask: torch.Tensor | None = None
+        self.pending_mask: torch.Tensor | None = None  # of the forward to come, once announced
+        self.is_announced = False
         self._mask: torch.Tensor | None = None  # bool (batch, n <= columns), later columns are real; None: all real
         self._exact = True
         self._before: _Before | None = None
@@ -70,7 +71,7 @@ class PageGroup:
     def mask_sizes(self, q_length: int) -> tuple[int, int]:
         """(kv_length, kv_offset) for transformers' masks, and notice of the mask that follows."""
         kv_length = self.columns + q_length
-        self.pending_mask = None
+        self.pending_mask, self.is_announced = None, False
         expect_mask(self, (q_length, kv_length))
         return kv_length, 0
 
@@ -98,9 +99,8 @@ class PageGroup:
                 f"`attention_mask` must cover the {self.columns} cached and {q_length} new columns of {batch} rows, "
                 f"shape {(batch, self.columns + q_length)}, got {tuple(mask.shape)}"
             )
-        on_device = mask is not None and mask.is_cuda or not self._exact
         known, cache_seqlens, exact = self._mask, self._cache_seqlens, self._exact
-        if device.type == "cuda" and q_length == 1 and self.columns > 0 and on_device:
+        if self._counts_on_device(mask, q_length, device):
             step, change = self._decode_on_device(mask, device)
         else:
             self.sync_lengths()
@@ -108,9 +108,14 @@ class PageGroup:
             step, change = self._step_on_host(mask, q_length, device)
         self._before = _Before(change, known, cache_seqlens, exact)
         self._mask = mask if mask is not None else self._mask
+        step.knows_mask, self.is_announced = self.is_announced, False
         self.columns = step.end
         self.step = step
         return step
+
+    def _counts_on_device(self, mask: torch.Tensor | None, q_length: int, device: torch.device) -> bool:
+        on_device = mask is not None and mask.is_cuda or not self._exact
+        return device.type == "cuda" and q_length == 1 and self.columns > 0 and on_device
 
     def join_pool(self, pool: BlockPool, step: ForwardStep) -> None:
         """Makes room in the pool of a layer that stores for the first time; the others grow in `begin`.
