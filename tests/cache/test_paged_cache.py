@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from hf_paged_flash import ArgumentError, CacheFullError, PagedCache, PagedFlashError, UnsupportedFeatureError
+from hf_paged_flash.cache import page_group
 from hf_paged_flash.cache.block_pool import BlockPool
 from hf_paged_flash.cache.page_group import PageGroup
 from tests.tiny_models import ragged_batch, tiny_config, tiny_model
@@ -299,6 +300,47 @@ class TestHalfAForward:
         logits = extend(model, cache, input_ids[:, 8:])
         whole = extend(model, PagedCache(model.config), input_ids)[:, 8:]
         torch.testing.assert_close(logits, whole, rtol=0, atol=1e-5)
+
+
+    @pytest.mark.parametrize("layer", [0, 1, 2])
+    @pytest.mark.parametrize("length", [12, 16, 20])
+    def test_rows_that_were_about_to_part_stay_together(self, model, monkeypatch, layer, length):
+        """Layers that the broken forward did not reach hold nothing in the blocks it meant to copy to."""
+        caches = [PagedCache(model.config) for _ in range(2)]
+        for cache in caches:
+            extend(model, cache, ragged_batch([length], None)[0])
+            cache.batch_repeat_interleave(3)
+        token = torch.tensor([[5], [6], [7]])
+
+        def broken(*args, **kwargs):
+            raise torch.OutOfMemoryError("in the layer")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(model.model.layers[layer].mlp, "forward", broken)
+            with pytest.raises(torch.OutOfMemoryError):
+                extend(model, caches[0], token)
+        caches[0].crop(-1)
+        for held in ("tokens", "blocks_used", "blocks_shared"):
+            assert getattr(caches[0].memory(), held) == getattr(caches[1].memory(), held)
+        assert torch.equal(extend(model, caches[0], token), extend(model, caches[1], token))
+
+    def test_no_room_for_what_a_step_needs_itself(self, model, monkeypatch):
+        cache = PagedCache(model.config)
+        extend(model, cache, ragged_batch([12, 12], None)[0])
+        cache.batch_select_indices(torch.tensor([0, 0]))
+        memory = cache.memory()
+
+        def broken(*args, **kwargs):
+            raise torch.OutOfMemoryError("in the step")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(page_group, "to_device", broken)
+            with pytest.raises(torch.OutOfMemoryError):
+                extend(model, cache, torch.tensor([[5], [6]]))
+        assert cache.memory() == memory
+        assert cache.get_seq_length() == 12
+        assert extend(model, cache, torch.tensor([[5], [6]])).shape == (2, 1, 97)
+        assert cache.group.manager.lengths.tolist() == [13, 13]
 
 
 class TestRowsAndColumns:
@@ -664,7 +706,7 @@ class TestConfigurations:
 
     @pytest.mark.parametrize(("text", "size"), [("4MiB", 4 * 2**20), ("1.5GiB", 3 * 2**29), ("2GB", 2 * 10**9)])
     def test_sizes_with_units(self, text, size):
-        assert PagedCache(tiny_config("llama"), max_memory=text).group.max_memory == size
+        assert PagedCache(tiny_config("llama"), max_memory=text).group.pools.max_memory == size
 
     def test_a_block_larger_than_the_cap_in_bytes(self, model):
         cache = PagedCache(model.config, max_memory=100)
