@@ -212,7 +212,7 @@ def test_nothing_to_do(empty, device):
 
 
 @pytest.mark.parametrize("extras", ["plain", "softcap"])
-@pytest.mark.parametrize("scale", [-0.3, 0.0, 40.0], ids="scale{}".format)
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 4.0], ids="scale{}".format)
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # NumPy, where tanh saturates
 def test_softmax_scales(scale, extras, device):
     case = {**PLAIN, "extras": extras, "dtype": "fp32", "layout": "varlen", "scale": scale}

@@ -199,7 +199,7 @@ def test_a_length_beyond_the_table_counts_as_the_table(device):
     check(Problem(problem.q[:1], problem.k[:1], problem.v[:1], problem.scoring), list(out), list(lse))
 
 
-@pytest.mark.parametrize("scale", [-0.3, 0.0, 40.0], ids="scale{}".format)
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 4.0], ids="scale{}".format)
 @pytest.mark.parametrize("extras", ["plain", "softcap"])
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # NumPy, where tanh saturates
 def test_softmax_scales(scale, extras, device):
