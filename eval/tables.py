@@ -50,11 +50,13 @@ def markdown(heading: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def source(rows: list[dict]) -> str:
-    """Where the numbers come from, in one line."""
-    first = rows[0]
-    versions = ", ".join(f"{name} {first[name]}" for name in ("torch", "triton", "transformers") if first[name])
-    machine = first["gpu"] if first["gpu"] != "cpu" else "counted on a CPU"
-    return f"{machine}; {versions}; commit {first['commit'][:10]}; {first['date'][:10]}; `{first['command']}`"
+    """Where the numbers come from, a line a run."""
+    lines = []
+    for row in {row["run"]: row for row in rows}.values():
+        versions = ", ".join(f"{name} {row[name]}" for name in ("torch", "triton", "transformers") if row[name])
+        machine = row["gpu"] if row["gpu"] != "cpu" else "CPU"
+        lines.append(f"{machine}; {versions}; commit {row['commit'][:10]}; {row['date'][:10]}; `{row['command']}`")
+    return "<br>\n".join(lines)
 
 
 def _by_case(rows: list[dict], metric: str) -> dict[str, dict[str, float]]:
