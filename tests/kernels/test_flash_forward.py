@@ -102,7 +102,7 @@ GPU_CASES = pairwise(
     {
         "dims": (64, 128, 256, (192, 128), 40),
         "dtype": ("bf16", "fp16", "fp32"),
-        "layout": ("dense", "varlen", "paged16", "paged256"),
+        "layout": ("dense", "varlen", "paged16"),
         "mask": ("causal", "full", "window"),
         "extras": ("plain", "softcap-sinks"),
         "lengths": ("long-odd", "long-tiles"),

@@ -49,7 +49,7 @@ CASES = pairwise(
 GPU_CASES = pairwise(
     {
         "dims": (64, 128, 256, (192, 128)),
-        "page": (0, 16, 64, 256),
+        "page": (0, 16, 64),
         "dtype": ("bf16", "fp16", "fp32"),
         "heads": ((8, 8), (32, 8), (16, 2)),
         "mask": ("causal", "sliding"),
