@@ -188,10 +188,7 @@ def _flash_forward_kernel(
         first_k = tl.cast(0, tl.int64)
         seqlen_k = max_seqlen_k
     if HAS_SEQUSED:
-        used = tl.maximum(tl.load(seqused_k + row), 0)
-        seqlen_k = used if PAGE_SIZE > 0 else tl.minimum(used, seqlen_k)
-    if PAGE_SIZE > 0:  # a length beyond the table would take any number for a block
-        seqlen_k = tl.minimum(seqlen_k, max_seqlen_k)
+        seqlen_k = tl.maximum(tl.load(seqused_k + row), 0)
     if PAGE_SIZE > 0:
         k_row = head_k * stride_k_h
         v_row = head_k * stride_v_h
@@ -337,10 +334,8 @@ def flash_forward(
         out = q.new_empty(batch, max_seqlen_q, num_heads, v_head_dim)
         lse = q.new_empty(batch, num_heads, max_seqlen_q, dtype=torch.float32)
         lse_strides = (lse.stride(0), lse.stride(1))
-    room = max_seqlen_k  # keys that a row has, or that its blocks can hold
-    if not packed_k:
-        room = k.shape[1] * (1 if block_table is None else block_table.shape[1])
-        max_seqlen_k = room if block_table is None else max_seqlen_k
+    if not (packed_k or block_table is not None):
+        max_seqlen_k = k.shape[1]
     if out.numel() == 0:
         return out, lse
     if causal:
@@ -390,7 +385,7 @@ def flash_forward(
             stride_table=0 if block_table is None else block_table.stride(0),
             num_sections=sections,
             max_seqlen_q=max_seqlen_q,
-            max_seqlen_k=room,
+            max_seqlen_k=max_seqlen_k,
             scale_log2=scale_log2,
             tanh_scale=tanh_scale,
             window_left=window_left,

@@ -200,24 +200,6 @@ def test_a_length_below_zero_counts_as_zero(layout, device):
     assert all(torch.equal(out, same) for out, same in zip(outs, expected, strict=True))
 
 
-@pytest.mark.parametrize("layout", ["dense-used", "varlen-used", "paged16", "paged32"])
-def test_a_length_beyond_the_keys_counts_as_the_keys(layout, device):
-    case = {**PLAIN, "layout": layout}
-    options = {"max_seqlen_q": 4, "max_seqlen_k": 96}
-    problem = make_problem([(4, 96), (4, 96)], device=device, **case)
-    q, k, v = dense(problem.q, 4), dense(problem.k, 96), dense(problem.v, 96)
-    if layout.startswith("paged"):
-        k, v, table = paged(problem, int(layout.removeprefix("paged")))
-        options["block_table"] = table[:, : 96 // k.shape[1]].contiguous()
-    elif layout == "varlen-used":
-        (q, options["cu_seqlens_q"]), (k, options["cu_seqlens_k"]) = packed(problem.q), packed(problem.k)
-        v, _ = packed(problem.v)
-    options["seqused_k"] = torch.tensor([97, 5000], dtype=torch.int32, device=device)
-    out, _ = flash_forward(q, k, v, **options, **problem.scoring)
-    expected, _ = run({**case, "layout": "varlen"}, problem)
-    torch.testing.assert_close(out.reshape(-1, *out.shape[-2:]), torch.cat(expected), rtol=2e-3, atol=2e-3)
-
-
 @pytest.mark.parametrize("empty", ["batch", "queries", "keys"])
 def test_nothing_to_do(empty, device):
     batch, seqlen_q, seqlen_k = (0 if empty == name else 3 for name in ("batch", "queries", "keys"))
