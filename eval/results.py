@@ -11,7 +11,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -126,7 +126,7 @@ class Recorder:
     bench: str
     device: str = "cuda"
     folder: Path | None = None
-    run: str = field(default_factory=lambda: f"{datetime.now(timezone.utc):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}")
+    run: str = field(default_factory=lambda: f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}")
     rows: list[dict] = field(default_factory=list)
 
     def add(self, case: dict, impl: str, metric: str, value: float) -> None:
@@ -146,7 +146,7 @@ class Recorder:
                 **versions(),
                 "commit": commit(),
                 "command": command_line(),
-                "date": f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}",
+                "date": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
             }
         )
 

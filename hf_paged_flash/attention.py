@@ -72,7 +72,12 @@ def paged_flash_attention_forward(
     Raises:
         UnsupportedFeatureError: something asked for that would change the result and can't be honoured.
     """
-    _refuse(module, dropout, attention_mask, kwargs)
+    try:
+        _refuse(module, dropout, attention_mask, kwargs)
+    except UnsupportedFeatureError:
+        if isinstance(key, PagedTensor):
+            key.layer.group.take_back(key.step)
+        raise
     dtype = _target_dtype(query, key, value)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     window = -1 if sliding_window is None else sliding_window - 1
@@ -132,8 +137,8 @@ def _refuse(module: nn.Module, dropout: float, attention_mask: torch.Tensor | No
         )
     if dropout or (module.training and torch.is_grad_enabled()):
         raise UnsupportedFeatureError(
-            f"paged_flash has no backward pass and no dropout yet (`dropout` is {dropout}): call `model.eval()` for "
-            'inference, or train with attn_implementation="sdpa"'
+            f"paged_flash has no backward pass and no dropout yet{f' (`dropout` is {dropout})' if dropout else ''}: "
+            'call `model.eval()` for inference, or train with attn_implementation="sdpa"'
         )
 
 

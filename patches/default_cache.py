@@ -28,6 +28,11 @@ def _prepare_cache(original, self, generation_config, model_kwargs, *args, **kwa
     ):
         from hf_paged_flash.cache import PagedCache
 
+        if getattr(self, "_compiled_call_impl", None) or hasattr(self.forward, "_torchdynamo_orig_callable"):
+            logger.warning_once(
+                "generate() keeps DynamicCache for a model compiled by torch.compile: PagedCache can't be traced yet"
+            )
+            return result
         try:
             model_kwargs["past_key_values"] = PagedCache(config)
         except UnsupportedFeatureError as error:

@@ -37,9 +37,7 @@ class TestPlainForwards:
         eager, model = pair(model_type)
         input_ids, mask = ragged_batch([20, 20, 20] if pad is None else [20, 7, 1], pad)
         with torch.no_grad():
-            theirs, ours = (
-                one(input_ids, attention_mask=mask, use_cache=use_cache).logits for one in (eager, model)
-            )
+            theirs, ours = (one(input_ids, attention_mask=mask, use_cache=use_cache).logits for one in (eager, model))
         torch.testing.assert_close(ours[mask.bool()], theirs[mask.bool()], **TOLERANCE)
 
     @pytest.mark.parametrize("model_type", ["mistral", "gemma3_text", "gpt_oss"])
@@ -150,9 +148,7 @@ class TestPackedRows:
         _, model = pair("llama")
         offsets = torch.tensor([0, 2, 5])
         with torch.no_grad(), pytest.raises(UnsupportedFeatureError, match="`cu_seq_lens_q`.*`use_cache=False`"):
-            model(
-                ragged_batch([5], None)[0], past_key_values=PagedCache(model.config), cu_seq_lens_q=offsets
-            )
+            model(ragged_batch([5], None)[0], past_key_values=PagedCache(model.config), cu_seq_lens_q=offsets)
 
 
 class TestOtherCaches:
@@ -496,3 +492,25 @@ class TestCounters:
             assert counters().reference == {"paged_decode": 3, "store_kv": 3}
             model(input_ids[:, 36:53], past_key_values=cache)
             assert counters().reference == {"paged_decode": 3, "flash_forward": 3, "store_kv": 6}
+
+
+@pytest.mark.parametrize("refused", ["output_attentions", "4-D mask"])
+def test_a_refused_forward_leaves_the_cache_as_it_was(refused):
+    model = tiny_model(tiny_config("llama"), "paged_flash")
+    input_ids, _ = ragged_batch([9], None)
+    cache = PagedCache(model.config)
+    with torch.no_grad():
+        expected = model(input_ids).logits
+        for columns in (0, 4):
+            cache.reset()
+            if columns:
+                model(input_ids[:, :columns], past_key_values=cache)
+            wrong = {
+                "output_attentions": {"output_attentions": True},
+                "4-D mask": {"attention_mask": torch.zeros(1, 1, 2, 2)},
+            }
+            with pytest.raises(UnsupportedFeatureError):
+                model(input_ids[:, columns : columns + 2], past_key_values=cache, **wrong[refused])
+            assert cache.get_seq_length() == columns
+            out = model(input_ids[:, columns:], past_key_values=cache).logits
+            torch.testing.assert_close(out, expected[:, columns:])

@@ -68,9 +68,7 @@ class TestTheName:
         model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="paged_flash")
         assert in_force(model) == ["paged_flash", "paged_flash"]
         input_ids, mask = ragged_batch([20, 9])
-        assert torch.equal(
-            generate(model, input_ids, mask).sequences, generate(eager, input_ids, mask).sequences
-        )
+        assert torch.equal(generate(model, input_ids, mask).sequences, generate(eager, input_ids, mask).sequences)
         model.save_pretrained(tmp_path / "again")  # the name is the user's choice, not the model's
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
         assert "paged_flash" not in in_force(plain)
@@ -238,9 +236,7 @@ print("restored")
             GenerationMixin._prefill = ours.__wrapped__
         hf_paged_flash.register()
         model = tiny_model(tiny_config("llama"), "paged_flash")
-        assert torch.equal(
-            generate(model, *ragged_batch([5, 3], "right")).sequences, ours_again.sequences
-        )
+        assert torch.equal(generate(model, *ragged_batch([5, 3], "right")).sequences, ours_again.sequences)
 
     @pytest.mark.parametrize("index", range(len(ALL_PATCHES)), ids=[patch.name for patch in ALL_PATCHES])
     def test_another_signature_is_an_error_that_changes_nothing(self, registered, monkeypatch, index):
@@ -295,13 +291,13 @@ import hf_paged_flash
         )
 
     def test_a_newer_one_is_warned_of(self, monkeypatch):
-        monkeypatch.setattr(transformers, "__version__", "5.99.1")
+        monkeypatch.setattr(versions.transformers, "__version__", "5.99.1")
         with pytest.warns(UserWarning, match=f"up to transformers {versions.NEWEST_TRANSFORMERS}, found 5.99.1"):
             versions.check_transformers()
 
     @pytest.mark.parametrize("version", ["5.17.0", "5.17.1", "5.23.0"])
     def test_the_range_in_between_is_silent(self, monkeypatch, version):
-        monkeypatch.setattr(transformers, "__version__", version)
+        monkeypatch.setattr(versions.transformers, "__version__", version)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             versions.check_transformers()

@@ -161,14 +161,14 @@ class BlockManager:
         if self.max_blocks is not None and needed > room:
             raise CacheFullError(
                 f"the paged cache is full: {needed} more blocks of {self.block_size} tokens are needed, "
-                f"{max(room, 0)} are free under the cap of {self.max_blocks} blocks. Nothing was stored, nothing was "
-                "lost: raise `num_blocks` or `max_memory`, shorten or split the batch, or free room with `reset()` or "
-                "`crop()`",
+                f"{max(room, 0)} are free under the cap of {self.max_blocks} blocks. This forward stored nothing, "
+                "earlier tokens are intact: free room with `crop()` or `reset()`, shorten or split the batch, or make "
+                "a cache with a larger `num_blocks` or `max_memory`",
                 blocks_needed=needed,
                 blocks_free=max(room, 0),
             )
-        # A first prefill gets what it needs; later growth takes an eighth more, so that a pool is copied rarely.
-        total = max(self.blocks_used + needed, self.num_blocks + self.num_blocks // 8)
+        # A first prefill gets what it needs; later growth takes a little more, so that pools are copied rarely.
+        total = max(self.blocks_used + needed, self.num_blocks + self.num_blocks // 40)
         if self.max_blocks is not None:
             total = min(total, self.max_blocks)
         self._free = list(range(total - 1, self.num_blocks - 1, -1)) + self._free

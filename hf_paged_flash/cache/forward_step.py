@@ -54,7 +54,7 @@ class ForwardStep:
             return self
         if device not in self._on_device:
             tensors = {
-                name: value.to(device, non_blocking=True)
+                name: value.to(device, non_blocking=device.type == "cuda")
                 for name, value in vars(self).items()
                 if isinstance(value, torch.Tensor)
             }

@@ -84,7 +84,8 @@ class PageGroup:
         if mask is not None and mask.shape != (batch, self.columns + q_length):
             raise ArgumentError(
                 f"`attention_mask` must cover the {self.columns} cached and {q_length} new columns of {batch} rows, "
-                f"shape {(batch, self.columns + q_length)}, got {tuple(mask.shape)}"
+                f"shape {(batch, self.columns + q_length)}, got {tuple(mask.shape)}. On a kept cache pass the whole "
+                "conversation to generate(), not the new turn alone; `crop()` takes a turn back, `reset()` starts anew"
             )
         on_device = self._counts_on_device(mask, q_length, device)
         if not on_device:
@@ -104,6 +105,13 @@ class PageGroup:
     def _counts_on_device(self, mask: torch.Tensor | None, q_length: int, device: torch.device) -> bool:
         on_device = mask is not None and mask.is_cuda or not self._exact
         return device.type == "cuda" and q_length == 1 and self.columns > 0 and on_device
+
+    def take_back(self, step: ForwardStep) -> None:
+        """Forgets `step` if it is the last one begun: a forward that is refused half way leaves nothing behind."""
+        if step is self.step and self._before is not None:
+            self._undo(step.start)
+        elif step is self.step:
+            self.truncate(step.start)
 
     def join_pool(self, pool: BlockPool, step: ForwardStep) -> None:
         """Makes room in the pool of a layer that stores for the first time; the others grow in `begin`.
@@ -160,7 +168,7 @@ class PageGroup:
         counts = new.sum(1, dtype=np.int64)
         before = self.manager.lengths
         change = self._append(counts)
-        position = before[:, None] + np.cumsum(new, 1) - 1
+        position = before[:, None] + np.cumsum(new, 1, dtype=np.int64) - 1
         slots = self._slots(np.where(new, position, -1))
         indices = cu_seqlens_q = None
         if not new.all():
@@ -242,7 +250,7 @@ class PageGroup:
         self.sync_lengths()
         real = self.real_columns()
         real = np.ones((self.batch, columns), bool) if real is None else real[:, :columns]
-        return to_device(self._slots(np.where(real, np.cumsum(real, 1) - 1, -1)), device)
+        return to_device(self._slots(np.where(real, np.cumsum(real, 1, dtype=np.int64) - 1, -1)), device)
 
     def _slots(self, positions: np.ndarray) -> np.ndarray:
         """Slots int64 of token `positions` (batch, n) of each row, -1 for -1."""

@@ -29,7 +29,7 @@ def _bytes(max_memory: int | str | None) -> int | None:
             size = convert_file_size_to_int(size)
         except ValueError:
             size = 0
-    if size is not None and (not isinstance(size, int) or size < 1):
+    if size is not None and (type(size) is not int or size < 1):
         raise ArgumentError(
             f'`max_memory` must be bytes above 0 as an integer, or like "4GiB", or None for no cap, got {max_memory!r}'
         )
@@ -65,8 +65,9 @@ class PagedCache(Cache):
     """A cache whose keys and values lie in blocks found through a block table (PagedAttention, Kwon et al. 2023).
 
     Only real tokens are stored, padding never; a row wastes at most the rest of its last block. Blocks are taken when
-    tokens arrive, and given back by `crop()`, `reset()` and when the cache is dropped. Rows that share a past (beams,
-    repeated rows) share its blocks until one of them writes.
+    tokens arrive, a fortieth more than needed once the pools grow; `crop()` frees them for later tokens, `reset()` and
+    dropping the cache give the memory back. Rows that share a past (beams, repeated rows) share its blocks until one
+    of them writes.
 
     Args:
         config: the model's configuration; a composite model's text decoder is found in it.
@@ -93,9 +94,9 @@ class PagedCache(Cache):
             raise ArgumentError(
                 f"`config` must be a model's configuration (model.config), got {type(config).__name__}"
             )
-        if block_size not in BLOCK_SIZES:
+        if type(block_size) is not int or block_size not in BLOCK_SIZES:
             raise ArgumentError(f"`block_size` must be one of {BLOCK_SIZES}, got {block_size!r}")
-        if num_blocks is not None and (not isinstance(num_blocks, int) or num_blocks < 1):
+        if num_blocks is not None and (type(num_blocks) is not int or num_blocks < 1):
             raise ArgumentError(f"`num_blocks` must be an integer from 1, or None for no cap, got {num_blocks!r}")
         if dtype is not None and dtype not in DTYPES:
             raise ArgumentError(f"`dtype` must be one of {DTYPES}, or None for the model's, got {dtype!r}")
@@ -147,6 +148,9 @@ class PagedCache(Cache):
         Args:
             tokens_to_remove: 0 or negative: minus the number of columns to drop, as transformers passes it. Positive:
                 the number of columns to keep, transformers' convention before 5.18.
+
+        Raises:
+            ArgumentError: more columns than there are.
         """
         columns = self.group.columns
         keep = tokens_to_remove if tokens_to_remove > 0 else columns + tokens_to_remove
@@ -179,6 +183,9 @@ class PagedCache(Cache):
         for layer in self.layers:
             if not isinstance(layer, PagedLayer):
                 layer.batch_select_indices(indices)
+
+    def __copy__(self) -> "PagedCache":
+        return self.__deepcopy__({})  # a shallow copy would write into the same blocks
 
     def __deepcopy__(self, memo: dict) -> "PagedCache":
         raise UnsupportedFeatureError(

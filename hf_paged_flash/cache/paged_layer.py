@@ -68,6 +68,11 @@ class PagedLayer(CacheLayerMixin):
         Raises:
             CacheFullError: no room; what was stored before this forward is intact in every layer.
         """
+        if torch.compiler.is_compiling():
+            raise UnsupportedFeatureError(
+                "PagedCache can't be traced by torch.compile or torch.export yet: call the model as it is, or pass "
+                "`past_key_values=DynamicCache(config=model.config)` to the compiled one"
+            )
         if not self.is_initialized:  # before the step: a cap in bytes needs to know a block's
             self.lazy_initialization(key_states, value_states)
         step = self._join_step(key_states)

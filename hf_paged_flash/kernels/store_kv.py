@@ -75,6 +75,8 @@ def store_kv(
     if batch * seqlen == 0:
         return
     v_head_dim = v.shape[-1]
+    # heads are addressed in 32 bits: a layout whose heads lie 2^31 elements apart is brought together first
+    k, v = (x if x.stride(2) * num_kv_heads < 2**31 else x.contiguous() for x in (k, v))
     with torch.cuda.device_of(k):
         _store_kv_kernel[(batch * seqlen,)](
             K=k,
