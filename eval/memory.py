@@ -6,7 +6,7 @@
 The caches are really filled, with the K/V of a small model, and asked what they hold; the table scales these bytes to
 Llama-3.1-8B's 128 KiB a token (32 layers, 8 key/value heads, head_dim 128, bf16), as all of them are proportional to
 the bytes of one token. PagedCache is filled by a prefill of the left-padded batch.
-Exit status 1: more than `--tolerance` percent of the blocks in use is waste at the smallest block size.
+Exit status 1: more than `--tolerance` percent of what PagedCache reserves is waste at the smallest block size.
 """
 
 from dataclasses import dataclass
@@ -30,20 +30,20 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes of K/V that a cache reserved and that real tokens fill.
-
-    `waste` is the share of room in use that no token fills: of the blocks that sequences own for PagedCache, of
-    everything for the others. `reserved - stored` also counts blocks of the pool that wait for use.
-    """
+    """Bytes of K/V that a cache reserved, and those that real tokens fill."""
 
     cache: str
     block_size: int | None
     reserved: float
     stored: float
-    waste: float
+
+    @property
+    def waste(self) -> float:
+        """The share of what is reserved that no token fills."""
+        return 1 - self.stored / self.reserved
 
     def scaled(self, factor: float) -> "Held":
-        return Held(self.cache, self.block_size, self.reserved * factor, self.stored * factor, self.waste)
+        return Held(self.cache, self.block_size, self.reserved * factor, self.stored * factor)
 
 
 def ragged_lengths(prompts: int = 32, shortest: int = 32, longest: int = 4096, seed: int = 0) -> torch.Tensor:
@@ -79,7 +79,7 @@ def padded_cache(cache: DynamicCache | StaticCache, name: str, config: LlamaConf
         cache.update(torch.zeros(shape), torch.zeros(shape), layer)
     reserved = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     stored = int(lengths.sum()) * token_bytes(config)
-    return Held(name, None, reserved, stored, 1 - stored / reserved)
+    return Held(name, None, reserved, stored)
 
 
 @torch.no_grad()
@@ -93,8 +93,7 @@ def paged_cache(block_size: int, config: LlamaConfig, lengths: torch.Tensor) -> 
     cache = PagedCache(config, block_size=block_size)
     model(input_ids=torch.zeros_like(mask), attention_mask=mask, past_key_values=cache, use_cache=True)
     memory = cache.memory()
-    in_use = memory.bytes_reserved * memory.blocks_used / (memory.blocks_used + memory.blocks_free)
-    return Held("paged", block_size, memory.bytes_reserved, memory.bytes_stored, 1 - memory.bytes_stored / in_use)
+    return Held("paged", block_size, memory.bytes_reserved, memory.bytes_stored)
 
 
 def measure(lengths: torch.Tensor, block_sizes: list[int], max_length: int) -> list[Held]:
@@ -117,7 +116,7 @@ def _table(held: list[Held], lengths: torch.Tensor, max_length: int) -> Table:
     span = f"{int(lengths.min())} to {int(lengths.max())} tokens, {int(lengths.sum())} in all"
     table = Table(
         title=f"K/V of {len(lengths)} prompts, {span}",
-        caption="bytes as of Llama-3.1-8B in bf16; waste: room in use that no token fills",
+        caption="bytes as of Llama-3.1-8B in bf16; waste: reserved room that no token fills",
     )
     table.add_column("cache")
     for heading in ("block size", "reserved GiB", "stored GiB", "waste"):

@@ -65,14 +65,14 @@ def paged_flash_attention_forward(
         cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: packed rows in a batch of 1.
 
     Returns:
-        (B, Sq, Hq, Dv) contiguous in query's dtype, and None for the attention weights.
+        (B, Sq, Hq, Dv) contiguous, and None for the attention weights. Its dtype is the one attention ran in:
+        autocast's, or the smallest among query's, key's and value's, for a norm or RoPE may upcast some of them.
 
     Raises:
         UnsupportedFeatureError: something asked for that would change the result and can't be honoured.
     """
     _refuse(module, dropout, attention_mask, kwargs)
-    dtype = query.dtype
-    query, key, value = _target_dtype(module, query, key, value)
+    dtype = _target_dtype(query, key, value)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     window = -1 if sliding_window is None else sliding_window - 1
     options = _Options(
@@ -88,19 +88,26 @@ def paged_flash_attention_forward(
             "continuous batching (`generate_batch`) is not built for paged_flash yet: use `generate()`, or "
             'attn_implementation="sdpa" for `generate_batch`'
         )
+    if isinstance(key, PagedTensor) and cu_seq_lens_q is not None:
+        raise UnsupportedFeatureError(
+            "`cu_seq_lens_q` packs rows of a batch, which PagedCache keeps apart by itself: pass `use_cache=False` "
+            "with packed rows, or a padded batch with the cache"
+        )
+    query = query.to(dtype)
     if _are_paged(key, value):
         out = _paged(query, key, value, options)
-    elif cu_seq_lens_q is not None:
-        out = _packed(query, key, value, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, options)
     else:
         key, value = (x.dense("attention") if isinstance(x, PagedTensor) else x for x in (key, value))
-        if attention_mask is None:
+        key, value = key.to(dtype), value.to(dtype)
+        if cu_seq_lens_q is not None:
+            out = _packed(query, key, value, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, options)
+        elif attention_mask is None:
             out = _dense(query, key, value, options)
         elif attention_mask.dtype == torch.bool:
             out = _padded(query, key, value, attention_mask, options)
         else:
             out = _segmented(query, key, value, attention_mask, options)
-    return out.to(dtype), None
+    return out.to(dtype), None  # a cache may store, and attention then run, in another dtype
 
 
 def _refuse(module: nn.Module, dropout: float, attention_mask: torch.Tensor | None, kwargs: dict) -> None:
@@ -120,21 +127,19 @@ def _refuse(module: nn.Module, dropout: float, attention_mask: torch.Tensor | No
             f"`attention_mask` must be 2-D (batch, columns) under paged_flash, got {tuple(attention_mask.shape)}: "
             'for a mask of your own load the model with attn_implementation="sdpa" or "eager"'
         )
-    if module.training and (dropout or torch.is_grad_enabled()):
+    if dropout or (module.training and torch.is_grad_enabled()):
         raise UnsupportedFeatureError(
-            "paged_flash has no backward pass yet: call `model.eval()` for inference, or train with "
-            'attn_implementation="sdpa"'
+            f"paged_flash has no backward pass and no dropout yet (`dropout` is {dropout}): call `model.eval()` for "
+            'inference, or train with attn_implementation="sdpa"'
         )
 
 
-def _target_dtype(module: nn.Module, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The tensors in one dtype: autocast's where it is on, else the lowest among them (PEFT and RoPE may upcast)."""
+def _target_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """Autocast's dtype where it is on, else the smallest among the tensors' (PEFT and RoPE may upcast some)."""
     device_type = tensors[0].device.type
     if torch.is_autocast_enabled(device_type):
-        target = torch.get_autocast_dtype(device_type)
-    else:
-        target = min((x.dtype for x in tensors), key=lambda dtype: dtype.itemsize)
-    return tuple(x if x.dtype == target else x.to(target) for x in tensors)
+        return torch.get_autocast_dtype(device_type)
+    return min((x.dtype for x in tensors), key=lambda dtype: dtype.itemsize)
 
 
 def _are_paged(key: torch.Tensor, value: torch.Tensor) -> bool:
@@ -162,9 +167,10 @@ def _paged(query: torch.Tensor, key: PagedTensor, value: PagedTensor, options: _
     batch, _, q_length, _ = query.shape
     if key.fresh is not None and q_length == step.end:
         # nothing was stored before: the forward's own keys are all there is, and they lie dense
+        k, v = key.fresh.to(query.dtype), value.fresh.to(query.dtype)
         if step.indices is None:
-            return _dense(query, key.fresh, value.fresh, options)
-        q, k, v = (_pack(x, step.indices) for x in (query, key.fresh, value.fresh))
+            return _dense(query, k, v, options)
+        q, k, v = (_pack(x, step.indices) for x in (query, k, v))
         lengths = {"cu_seqlens_q": step.cu_seqlens_q, "cu_seqlens_k": step.cu_seqlens_q}
         lengths |= {"max_seqlen_q": step.max_seqlen_q, "max_seqlen_k": step.max_seqlen_q}
         return _unpack(_forward(q, k, v, options, **lengths), step.indices, batch, q_length)
@@ -220,18 +226,24 @@ def _padded(query, key, value, mask: torch.Tensor, options: _Options) -> torch.T
     """Dense keys, some of them padding: packed, attended to, spread out again; padded queries give 0."""
     batch, _, q_length, _ = query.shape
     columns = mask.shape[1]
-    key, value = key[:, :, :columns], value[:, :, :columns]  # a static cache holds more columns than it has filled
+    # The mask speaks of keys. Where positions count, queries are the last of them; else (an encoder, cross-attention)
+    # every query sees every key that is a token.
+    positional = options.causal or options.window_left >= 0
+    if columns > key.shape[2] or (positional and q_length > columns):
+        raise ArgumentError(
+            f"`attention_mask` has {columns} columns, which does not fit {q_length} new tokens and {key.shape[2]} keys"
+        )
     # every layer of a forward gets the same mask object: find its tokens once
-    packings = getattr(mask, "_paged_flash_packings", None)
-    if packings is None:
+    packings = mask.__dict__.setdefault("_paged_flash_packings", {})
+    if (q_length, positional) not in packings:
         keys = _Packing.of(mask)
-        is_self_attention = options.causal or q_length == columns
-        queries = (keys if q_length == columns else _Packing.of(mask[:, -q_length:])) if is_self_attention else None
-        packings = mask._paged_flash_packings = (keys, queries)
-    keys, queries = packings
-    if queries is None:  # the mask speaks of the keys only
-        cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=query.device) * q_length
-        queries = _Packing(torch.arange(batch * q_length, device=query.device), cu_seqlens, q_length)
+        if not positional:
+            queries = _Packing.of(mask.new_ones(batch, q_length))
+        else:
+            queries = keys if q_length == columns else _Packing.of(mask[:, columns - q_length :])
+        packings[q_length, positional] = keys, queries
+    keys, queries = packings[q_length, positional]
+    key, value = key[:, :, :columns], value[:, :, :columns]  # a static cache holds more columns than it has filled
     out = _forward(
         _pack(query, queries.indices), _pack(key, keys.indices), _pack(value, keys.indices), options,
         cu_seqlens_q=queries.cu_seqlens, cu_seqlens_k=keys.cu_seqlens,

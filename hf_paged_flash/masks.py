@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from transformers import masking_utils
 
-from .cache.page_group import announce_mask
+from .cache.mask_handoff import announce_mask
 from .errors import UnsupportedFeatureError
 
 # Windows are told to the attention function too, by the layer (`sliding_window`).
@@ -92,10 +92,12 @@ def paged_flash_mask(
         UnsupportedFeatureError: the pattern holds an overlay that can't be honoured.
     """
     segments = _segments(mask_function)
+    if segments is not None:  # only without a cache
+        return segments.to(torch.int32)
+    if attention_mask is not None:
+        attention_mask = attention_mask.clone()  # kept beyond this call: a bool mask may be the user's own tensor
     if announce_mask(attention_mask, q_length, kv_length):
         return attention_mask
-    if segments is not None:
-        return segments.to(torch.int32)
     if attention_mask is None:
         seen = int(q_offset) + q_length - kv_offset
         if kv_length <= seen or _is_bidirectional(mask_function):
@@ -103,7 +105,11 @@ def paged_flash_mask(
         # a static cache is longer than what it holds: the rest is padding
         return torch.ones(batch_size, seen, dtype=torch.bool, device=kwargs.get("device"))
     attention_mask = attention_mask[:, kv_offset : kv_offset + kv_length]
-    if attention_mask.shape[1] == kv_length and not torch.compiler.is_compiling() and bool(attention_mask.all()):
+    if torch.compiler.is_compiling():
+        return attention_mask
+    # one of another width is kept, for the attention function to check
+    is_whole = attention_mask.shape[1] == kv_length == int(q_offset) + q_length - kv_offset
+    if is_whole and bool(attention_mask.all()):
         return None
     return attention_mask
 

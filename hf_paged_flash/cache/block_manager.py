@@ -13,12 +13,15 @@ class Append:
 
     rows, columns, blocks: int64 (n,), entry `table[row, column]` is now `block`.
     copies: int64 (n, 2), (source, target) blocks whose contents must be copied before anything is written.
+    lengths, num_blocks: what the manager's were before.
     """
 
     rows: np.ndarray
     columns: np.ndarray
     blocks: np.ndarray
     copies: np.ndarray
+    lengths: np.ndarray
+    num_blocks: int
 
 
 class BlockManager:
@@ -67,6 +70,7 @@ class BlockManager:
         Raises:
             CacheFullError: the cap leaves fewer blocks than the rows need.
         """
+        lengths, num_blocks = self.lengths, self.num_blocks
         old_blocks = self.row_blocks()
         new_blocks = -(-(self.lengths + counts) // self.block_size)
         added = new_blocks - old_blocks
@@ -92,7 +96,22 @@ class BlockManager:
             columns=np.concatenate([last, columns]),
             blocks=blocks,
             copies=np.stack([sources, copy_targets], axis=1),
+            lengths=lengths,
+            num_blocks=num_blocks,
         )
+
+    def undo(self, change: Append) -> None:
+        """Takes back the last `append`, to the last block: for a device that had no room for what it planned."""
+        self.table[change.rows, change.columns] = -1
+        copied = slice(0, len(change.copies))
+        sources = change.copies[:, 0]
+        self.table[change.rows[copied], change.columns[copied]] = sources
+        np.add.at(self.references, sources, 1)
+        self.references[change.blocks] = 0
+        free = [*self._free, *reversed(change.blocks.tolist())]
+        self._free = [block for block in free if block < change.num_blocks]
+        self.references = self.references[: change.num_blocks]
+        self.lengths, self.num_blocks = change.lengths, change.num_blocks
 
     def truncate(self, lengths: np.ndarray) -> None:
         """Shortens row b to `lengths[b]` tokens and releases the blocks behind them."""
@@ -138,8 +157,9 @@ class BlockManager:
         if self.max_blocks is not None and needed > room:
             raise CacheFullError(
                 f"the paged cache is full: {needed} more blocks of {self.block_size} tokens are needed, "
-                f"{max(room, 0)} are free under the cap of {self.max_blocks} blocks. Nothing was stored and nothing was "
-                "lost: raise `num_blocks` or `max_memory`, shorten or split the batch, or free room with `reset()` or `crop()`",
+                f"{max(room, 0)} are free under the cap of {self.max_blocks} blocks. Nothing was stored, nothing was "
+                "lost: raise `num_blocks` or `max_memory`, shorten or split the batch, or free room with `reset()` or "
+                "`crop()`",
                 blocks_needed=needed,
                 blocks_free=max(room, 0),
             )

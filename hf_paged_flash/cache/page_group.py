@@ -1,7 +1,6 @@
 """Layers that share block tables: their tokens, their blocks, and the step that the current forward takes."""
 
-import threading
-import weakref
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,24 +9,17 @@ from ..errors import ArgumentError, CacheFullError
 from .block_manager import Append, BlockManager
 from .block_pool import BlockPool
 from .forward_step import ForwardStep
-
-# transformers asks a cache for its mask sizes and then calls the mask function, which gets no handle on the cache:
-# the group that was asked last on this thread is the one the next mask belongs to.
-_asked = threading.local()
+from .mask_handoff import expect_mask, expect_no_mask
 
 
-def announce_mask(attention_mask: torch.Tensor | None, q_length: int, kv_length: int) -> bool:
-    """Hands the coming forward's mask, bool (batch, kv_length) or None, to the group whose sizes were just asked for.
+@dataclass(frozen=True)
+class _Before:
+    """What a forward changed in a group, to take it back."""
 
-    Returns whether there is one: False where the forward runs without a paged cache.
-    """
-    reference, sizes = getattr(_asked, "group", None), getattr(_asked, "sizes", None)
-    _asked.group = None
-    group = reference() if reference is not None else None
-    if group is None or sizes != (q_length, kv_length):
-        return False
-    group.pending_mask = attention_mask
-    return True
+    change: Append
+    mask: torch.Tensor | None
+    cache_seqlens: torch.Tensor | None
+    exact: bool
 
 
 class PageGroup:
@@ -51,10 +43,12 @@ class PageGroup:
         self.manager = BlockManager(self.manager.block_size, self._max_blocks)
         self.pools.clear()
         self.columns = 0
+        self.layer_columns: dict[int, int] = {}  # columns that each layer has stored, by layer index
         self.step: ForwardStep | None = None
         self.pending_mask: torch.Tensor | None = None
         self._mask: torch.Tensor | None = None  # bool (batch, n <= columns), later columns are real; None: all real
         self._exact = True
+        self._before: _Before | None = None
         self._cache_seqlens: torch.Tensor | None = None
         self._block_table: torch.Tensor | None = None
 
@@ -77,11 +71,12 @@ class PageGroup:
         """(kv_length, kv_offset) for transformers' masks, and notice of the mask that follows."""
         kv_length = self.columns + q_length
         self.pending_mask = None
-        _asked.group, _asked.sizes = weakref.ref(self), (q_length, kv_length)
+        expect_mask(self, (q_length, kv_length))
         return kv_length, 0
 
     # ------------------------------------------------------------------------------------------------ one forward
 
+    @torch.inference_mode(False)  # a step's tensors are written to by later ones, perhaps in another mode
     def begin(self, batch: int, q_length: int, device: torch.device) -> ForwardStep:
         """Plans the step for `q_length` new columns: blocks, slots and lengths; nothing is stored yet.
 
@@ -89,6 +84,7 @@ class PageGroup:
             CacheFullError: no room under the cap or on the device; the group is as it was.
             ArgumentError: another batch size than stored, or a mask that does not continue the stored one.
         """
+        expect_no_mask()  # whoever made this forward's mask, the next one is another forward's
         if self.columns == 0 and batch != self.batch:
             self.manager.start_rows(batch)
         elif batch != self.batch:
@@ -103,36 +99,77 @@ class PageGroup:
                 f"shape {(batch, self.columns + q_length)}, got {tuple(mask.shape)}"
             )
         on_device = mask is not None and mask.is_cuda or not self._exact
+        known, cache_seqlens, exact = self._mask, self._cache_seqlens, self._exact
         if device.type == "cuda" and q_length == 1 and self.columns > 0 and on_device:
-            step = self._decode_on_device(mask, device)
+            step, change = self._decode_on_device(mask, device)
         else:
-            step = self._step_on_host(mask, q_length, device)
+            self.sync_lengths()
+            cache_seqlens, exact = self._cache_seqlens, True
+            step, change = self._step_on_host(mask, q_length, device)
+        self._before = _Before(change, known, cache_seqlens, exact)
         self._mask = mask if mask is not None else self._mask
         self.columns = step.end
         self.step = step
         return step
 
-    def undo(self, step: ForwardStep) -> None:
-        """Takes back a step that could not be stored, as `crop` would."""
-        self.truncate(step.start)
+    def join_pool(self, pool: BlockPool, step: ForwardStep) -> None:
+        """Makes room in the pool of a layer that stores for the first time; the others grow in `begin`.
+
+        Raises:
+            CacheFullError: no room under `max_memory` or on the device; the group is as it was before the step.
+        """
+        blocks = self.manager.num_blocks
+        cap = self._cap_blocks(blocks)
+        if blocks > cap:  # layers differ in size, and the first ones were the smaller ones
+            self._undo(step)
+            raise CacheFullError(
+                f"the paged cache is full: {blocks} blocks take more than `max_memory`, {self.max_memory} bytes. The "
+                "tokens stored before this forward are intact: raise `max_memory`, shorten or split the batch",
+                blocks_needed=blocks,
+                blocks_free=cap,
+            )
+        try:
+            pool.grow(step.num_blocks)
+        except BaseException as error:
+            needed = len(self._before.change.blocks)
+            self._undo(step)
+            raise self._out_of_memory(needed, error) from error
+
+    def _undo(self, step: ForwardStep) -> None:
+        """Takes back the step that has just begun: what layers stored for it is forgotten."""
+        before = self._before
+        self.manager.undo(before.change)
+        self._mask, self._cache_seqlens, self._exact = before.mask, before.cache_seqlens, before.exact
+        if step.start == 0:
+            for pool in self.pools:
+                pool.release()  # too large, as it turned out: the next forward may be smaller
+            self.manager = BlockManager(self.block_size, self.manager.max_blocks)
+        self._step_gone(step.start)
+
+    def _cap_blocks(self, default: int | None = None) -> int | None:
+        """The cap in blocks, of `num_blocks` and `max_memory` the lower; `default` for none."""
+        caps = [] if self._max_blocks is None else [self._max_blocks]
+        if self.max_memory is not None and self.pools:
+            caps.append(self.max_memory // self.block_bytes)
+        return min(caps, default=default)
 
     def _append(self, counts: np.ndarray) -> Append:
         """`manager.append`, with the layers' pools grown to match, or neither."""
-        if self.max_memory is not None and self.pools:
-            cap = self.max_memory // self.block_bytes
-            self.manager.max_blocks = cap if self._max_blocks is None else min(cap, self._max_blocks)
-        lengths = self.manager.lengths
+        self.manager.max_blocks = self._cap_blocks()
         change = self.manager.append(counts)
         try:
             freed = sum(pool.grow(self.manager.num_blocks) for pool in self.pools)
-        except torch.OutOfMemoryError as error:
-            self.manager.truncate(lengths)
-            raise self.out_of_memory(len(change.blocks)) from error
+        except BaseException as error:
+            self.manager.undo(change)
+            raise self._out_of_memory(len(change.blocks), error) from error
         if freed > 32 * 2**20 and self.pools[0].key.is_cuda:
             torch.cuda.empty_cache()  # the old pools' memory fits no later request: growth is rare, hand it back
         return change
 
-    def out_of_memory(self, blocks_needed: int) -> CacheFullError:
+    def _out_of_memory(self, blocks_needed: int, error: BaseException) -> BaseException:
+        """What to raise when a pool could not grow because of `error`."""
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            return error
         return CacheFullError(
             f"the device has no memory for {blocks_needed} more blocks of the paged cache, {self.manager.blocks_free} "
             "are free. The tokens stored before this forward are intact: shorten or split the batch, or free memory",
@@ -140,14 +177,15 @@ class PageGroup:
             blocks_free=self.manager.blocks_free,
         )
 
-    def _step_on_host(self, mask: torch.Tensor | None, q_length: int, device: torch.device) -> ForwardStep:
+    def _step_on_host(
+        self, mask: torch.Tensor | None, q_length: int, device: torch.device
+    ) -> tuple[ForwardStep, Append]:
         batch, start = self.batch, self.columns
         new = np.ones((batch, q_length), bool)
         if mask is not None:
             on_host = mask.cpu()
             self._check_history(on_host[:, :start])
             new = on_host[:, start:].numpy()
-        self.sync_lengths()
         counts = new.sum(1, dtype=np.int64)
         before = self.manager.lengths
         change = self._append(counts)
@@ -158,7 +196,7 @@ class PageGroup:
             indices = to_device(np.flatnonzero(new), device)
             cu_seqlens_q = to_device(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32), device)
         self._cache_seqlens = to_device(self.manager.lengths.astype(np.int32), device)
-        return ForwardStep(
+        step = ForwardStep(
             start=start,
             end=start + q_length,
             batch=batch,
@@ -172,8 +210,9 @@ class PageGroup:
             cu_seqlens_q=cu_seqlens_q,
             copies=to_device(change.copies, device) if len(change.copies) else None,
         )
+        return step, change
 
-    def _decode_on_device(self, mask: torch.Tensor | None, device: torch.device) -> ForwardStep:
+    def _decode_on_device(self, mask: torch.Tensor | None, device: torch.device) -> tuple[ForwardStep, Append]:
         # No value is read back: where a row's new column is padding, the device knows, the host counts it as a token.
         change = self._append(np.ones(self.batch, np.int64))
         self._exact = False
@@ -187,7 +226,7 @@ class PageGroup:
             real = mask[:, -1].to(device)
             slots = torch.where(real, slots, -1)
             self._cache_seqlens = before + real
-        return ForwardStep(
+        step = ForwardStep(
             start=self.columns,
             end=self.columns + 1,
             batch=self.batch,
@@ -199,6 +238,7 @@ class PageGroup:
             num_blocks=self.manager.num_blocks,
             copies=to_device(change.copies, device) if len(change.copies) else None,
         )
+        return step, change
 
     def _table_on(self, device: torch.device, change: Append) -> torch.Tensor:
         """The block table on `device`, only the changed entries sent where that is possible."""
@@ -254,7 +294,9 @@ class PageGroup:
         self._lengths_changed(columns)
 
     def select(self, rows: torch.Tensor) -> None:
-        """Row i becomes what row `rows[i]` was; blocks are shared, no K/V moves."""
+        """Row i becomes what row `rows[i]` was; blocks are shared, no K/V moves. Nothing while nothing is stored."""
+        if self.columns == 0:
+            return
         self.sync_lengths()
         self.manager.select(rows.cpu().numpy())
         if self._mask is not None:
@@ -262,11 +304,14 @@ class PageGroup:
         self._lengths_changed(self.columns)
 
     def _lengths_changed(self, columns: int) -> None:
-        self.columns = columns
-        self.step = None
-        self._block_table = None
+        self._step_gone(columns)
         if self._cache_seqlens is not None:
             self._cache_seqlens = to_device(self.manager.lengths.astype(np.int32), self._cache_seqlens.device)
+
+    def _step_gone(self, columns: int) -> None:
+        self.columns = columns
+        self.layer_columns = {layer: min(stored, columns) for layer, stored in self.layer_columns.items()}
+        self.step = self._before = self._block_table = None
 
     def _check_history(self, mask: torch.Tensor) -> None:
         stored = self.real_columns()

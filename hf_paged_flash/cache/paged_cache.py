@@ -16,7 +16,24 @@ from .page_group import PageGroup
 from .paged_layer import PagedLayer
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _PAGED_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
+
+
+def _bytes(max_memory: int | str | None) -> int | None:
+    size = max_memory
+    if isinstance(size, str):
+        from accelerate.utils import convert_file_size_to_int  # slow to import, rarely needed
+
+        try:
+            size = convert_file_size_to_int(size)
+        except ValueError:
+            size = 0
+    if size is not None and (not isinstance(size, int) or size < 1):
+        raise ArgumentError(
+            f'`max_memory` must be bytes above 0 as an integer, or like "4GiB", or None for no cap, got {max_memory!r}'
+        )
+    return size
 
 
 @dataclass(frozen=True)
@@ -59,7 +76,7 @@ class PagedCache(Cache):
         dtype: dtype to store in; None stores what the model computes.
 
     Raises:
-        ArgumentError: `block_size`, `num_blocks` or `max_memory` is none of these.
+        ArgumentError: `block_size`, `num_blocks`, `max_memory` or `dtype` is none of these.
         UnsupportedFeatureError: the model has layers whose state cannot be paged.
     """
 
@@ -78,16 +95,11 @@ class PagedCache(Cache):
             )
         if block_size not in BLOCK_SIZES:
             raise ArgumentError(f"`block_size` must be one of {BLOCK_SIZES}, got {block_size!r}")
-        if num_blocks is not None and num_blocks < 1:
-            raise ArgumentError(f"`num_blocks` must be at least 1, or None for no cap, got {num_blocks}")
-        if isinstance(max_memory, str):
-            from accelerate.utils import convert_file_size_to_int  # slow to import, rarely needed
-
-            max_memory = convert_file_size_to_int(max_memory)
-        if max_memory is not None and max_memory < 1:
-            raise ArgumentError(
-                f"`max_memory` must be a number of bytes above 0, or None for no cap, got {max_memory}"
-            )
+        if num_blocks is not None and (not isinstance(num_blocks, int) or num_blocks < 1):
+            raise ArgumentError(f"`num_blocks` must be an integer from 1, or None for no cap, got {num_blocks!r}")
+        if dtype is not None and dtype not in DTYPES:
+            raise ArgumentError(f"`dtype` must be one of {DTYPES}, or None for the model's, got {dtype!r}")
+        max_memory = _bytes(max_memory)
         layer_types, layer_kwargs = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
         if isinstance(layer_kwargs, dict):  # one for all layers before transformers 5.18, then one a layer
             layer_kwargs = [layer_kwargs] * len(layer_types)
@@ -110,10 +122,9 @@ class PagedCache(Cache):
         """What is reserved, stored and wasted now. Waits for the device."""
         group = self.group
         group.sync_lengths()
-        manager, block_bytes = group.manager, group.block_bytes
-        tokens = manager.stored_tokens()
-        reserved = manager.num_blocks * block_bytes
-        stored = tokens * (block_bytes // group.block_size)
+        manager, tokens = group.manager, group.manager.stored_tokens()
+        reserved = sum(pool.bytes_reserved for pool in group.pools)
+        stored = tokens * sum(pool.block_bytes // group.block_size for pool in group.pools)
         return CacheMemory(
             bytes_reserved=reserved,
             bytes_stored=stored,

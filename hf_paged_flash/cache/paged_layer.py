@@ -10,6 +10,10 @@ from .page_group import PageGroup
 from .paged_tensor import PagedTensor
 
 
+def _itemsize(dtype: torch.dtype) -> int:
+    return dtype.itemsize
+
+
 class PagedLayer(CacheLayerMixin):
     """Keys and values of one attention layer in the blocks of its `PageGroup`.
 
@@ -32,25 +36,26 @@ class PagedLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.pool: BlockPool | None = None
         self._step: ForwardStep | None = None
-        self._columns = 0
         self.is_initialized = False
+        self.had_grad = False  # something was stored whose gradient was asked for
 
     @property
     def columns(self) -> int:
-        """Columns stored by this layer; those a failed forward took back no longer count."""
-        return min(self._columns, self.group.columns)
+        """Columns stored by this layer: fewer than the group's where a forward has not come so far."""
+        return self.group.layer_columns.get(self.layer_idx, 0)
 
     @property
     def keys(self) -> torch.Tensor | None:
-        return self._handle("key", None) if self.is_initialized else None
+        return self._handle("key", None) if self._step is not None else None
 
     @property
     def values(self) -> torch.Tensor | None:
-        return self._handle("value", None) if self.is_initialized else None
+        return self._handle("value", None) if self._step is not None else None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.pool = BlockPool(self.group.block_size, key_states, value_states, self._dtype)
-        self.dtype, self.device = self.pool.key.dtype, self.pool.key.device
+        # of what attention and the model see; the pool may store in another dtype
+        self.dtype, self.device = min(key_states.dtype, value_states.dtype, key=_itemsize), key_states.device
         self._nan = torch.full((1, 1, 1, 1), float("nan"), dtype=self.dtype, device=self.device)
         self.group.pools.append(self.pool)
         self.is_initialized = True
@@ -63,20 +68,19 @@ class PagedLayer(CacheLayerMixin):
         Raises:
             CacheFullError: no room; what was stored before this forward is intact in every layer.
         """
-        step = self._join_step(key_states)
-        if not self.is_initialized:
+        if not self.is_initialized:  # before the step: a cap in bytes needs to know a block's
             self.lazy_initialization(key_states, value_states)
-        try:
-            self.pool.grow(step.num_blocks)
-        except torch.OutOfMemoryError as error:
-            self.group.undo(step)
-            raise self.group.out_of_memory(step.num_blocks - self.pool.num_blocks) from error
+        step = self._join_step(key_states)
+        if self.pool.num_blocks < step.num_blocks:
+            self.group.join_pool(self.pool, step)
         local = step.to(self.device)
         if local.copies is not None:
             self.pool.copy_blocks(local.copies)
+        self.had_grad |= torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
         with torch.no_grad():
             self.pool.store(key_states.transpose(1, 2), value_states.transpose(1, 2), local.slot_mapping)
-        self._step, self._columns = step, step.end
+        self._step = step
+        self.group.layer_columns[self.layer_idx] = step.end
         fresh = (key_states, value_states) if step.start == 0 else (None, None)
         return self._handle("key", fresh[0]), self._handle("value", fresh[1])
 
@@ -104,7 +108,8 @@ class PagedLayer(CacheLayerMixin):
 
     def gather(self, kind: str, step: ForwardStep) -> torch.Tensor:
         """Dense keys or values (B, Hkv, columns, D | Dv) up to the end of `step`, zeros in padded columns."""
-        return self.pool.gather(self.group.column_slots(min(step.end, self.columns), self.device), kind)
+        slots = self.group.column_slots(min(step.end, self.columns), self.device)
+        return self.pool.gather(slots, kind).to(self.dtype)
 
     def get_seq_length(self) -> int:
         return self.columns

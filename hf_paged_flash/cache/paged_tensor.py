@@ -11,6 +11,7 @@ import torch
 from transformers.utils import logging
 
 from .. import backend
+from ..errors import UnsupportedFeatureError
 from .forward_step import ForwardStep
 
 if TYPE_CHECKING:
@@ -48,8 +49,26 @@ _METADATA = {
     torch.is_complex,
     torch.numel,
 }  # fmt: skip
+# Would write to the dense tensor and lose it; so would all methods that end in one underscore.
+_WRITES = {f"__i{name}__" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()}
+_WRITES |= {"__setitem__", "__set__"}
 # Return the same handle: they change nothing that could be seen.
 _IDENTITY = {torch.Tensor.contiguous, torch.Tensor.detach, torch.detach}
+
+
+class _NoBackward(torch.autograd.Function):
+    """Makes a backward pass that reaches gathered keys raise: what the cache stored has no graph."""
+
+    @staticmethod
+    def forward(ctx, dense: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
+        return dense.view_as(dense)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        raise UnsupportedFeatureError(
+            "gradients can't pass through a PagedCache: call the model with `use_cache=False` to train it, or with "
+            "DynamicCache where gradients must reach earlier forwards"
+        )
 
 
 class PagedTensor(torch.Tensor):
@@ -89,7 +108,10 @@ class PagedTensor(torch.Tensor):
             "than attention over the blocks. It happens where a model does more with its cache than attend to it, or "
             'runs another attn_implementation than "paged_flash".'
         )
-        return self.layer.gather(self.kind, self.step)
+        dense = self.layer.gather(self.kind, self.step)
+        if self.layer.had_grad and torch.is_grad_enabled():
+            dense = _NoBackward.apply(dense, torch.zeros((), requires_grad=True))
+        return dense
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -107,6 +129,12 @@ class PagedTensor(torch.Tensor):
         if func is torch.Tensor.__repr__:
             self = args[0]
             return f"PagedTensor({self.kind}, size={tuple(self.size())}, dtype={self.dtype}, device='{self.device}')"
+        if name in _WRITES or (name.endswith("_") and not name.endswith("__")):
+            if isinstance(args[0], PagedTensor):
+                raise UnsupportedFeatureError(
+                    f"`{name}` would write to paged {args[0].kind}s in place, which only the cache may: work on a "
+                    "`.clone()`, or use DynamicCache with this model"
+                )
         gathered: dict[int, torch.Tensor] = {}
 
         def unwrap(value):

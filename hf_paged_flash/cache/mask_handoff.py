@@ -1,0 +1,41 @@
+"""How a forward's mask finds the cache it belongs to.
+
+transformers asks a cache for its mask sizes and then calls the mask function, which gets no handle on the cache: the
+group of layers that was asked last on this thread is the one whose mask comes next.
+"""
+
+import threading
+import weakref
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from .page_group import PageGroup
+
+_asked = threading.local()
+
+
+def expect_mask(group: "PageGroup", sizes: tuple[int, int]) -> None:
+    """Notes that `group` was asked for `sizes`, (q_length, kv_length)."""
+    _asked.group, _asked.sizes = weakref.ref(group), sizes
+
+
+def expect_no_mask() -> None:
+    """Forgets who was asked."""
+    _asked.group = None
+
+
+def announce_mask(attention_mask: torch.Tensor | None, q_length: int, kv_length: int) -> bool:
+    """Hands the coming forward's mask, bool (batch, kv_length) or None, to the group whose sizes were just asked for.
+
+    The group keeps the mask: it must not be a tensor that the user may write to. Returns whether there is a group: not
+    where the forward runs without a paged cache.
+    """
+    reference, sizes = getattr(_asked, "group", None), getattr(_asked, "sizes", None)
+    expect_no_mask()
+    group = reference() if reference is not None else None
+    if group is None or sizes != (q_length, kv_length):
+        return False
+    group.pending_mask = attention_mask
+    return True
