@@ -7,7 +7,12 @@ windows reach the attention function as arguments of the layer; what is left is 
 - bool (B, kv_length): False where a key is padding;
 - int32 (B, kv_length): packed rows, tokens attend within equal ids.
 
-An overlay that none of these can carry (image blocks, chunked attention, a mask function of the user's) is refused.
+- bool (B, 1, q_length, kv_length), built by transformers' own mask functions: everything else (image blocks in a text,
+  mask functions of the user's). Such models pay for an S x S mask under any implementation.
+
+While torch.compile traces, rows packed by their position_ids become such a matrix too: pass `cu_seq_lens_q` and its
+companions to do without. Chunked attention is refused by transformers before it asks for a mask, for any implementation
+with "flash" in its name.
 """
 
 from collections.abc import Callable
@@ -16,14 +21,9 @@ import torch
 from transformers import masking_utils
 
 from .cache.mask_handoff import announce_mask
-from .errors import UnsupportedFeatureError
 
 # Windows are told to the attention function too, by the layer (`sliding_window`).
 _CARRIED_BY_THE_LAYER = ("sliding_window_overlay", "sliding_window_bidirectional_overlay")
-_REFUSED = {
-    "chunked_overlay": "chunked attention",
-    "blockwise_overlay": "blocks of tokens that see each other (images in a text)",
-}
 
 
 def _parts(mask_function: Callable) -> list[Callable]:
@@ -44,9 +44,9 @@ def _closure(function: Callable) -> dict:
     return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in function.__closure__), strict=True))
 
 
-def _segments(mask_function: Callable) -> torch.Tensor | None:
-    """Segment ids (B, S) of packed rows, or None. Raises for what the attention function would not be told."""
-    segments = None
+def _pattern(mask_function: Callable) -> tuple[torch.Tensor | None, bool]:
+    """Segment ids (B, S) of packed rows, or None; and whether there is more that only a matrix can say."""
+    segments, needs_matrix = None, False
     for part in _parts(mask_function):
         maker = _maker(part)
         if part in (masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function):
@@ -55,17 +55,20 @@ def _segments(mask_function: Callable) -> torch.Tensor | None:
             continue
         if maker == "packed_sequence_mask_function":
             segments = _closure(part)["packed_sequence_mask"]
-            continue
-        asked = _REFUSED.get(maker, "a mask function other than causal, sliding window, padding and packed rows")
-        if maker == "or_masks":
-            asked = " or ".join(
-                _REFUSED.get(_maker(f), "a mask of its own") for f in _closure(part)["mask_functions"][1:]
-            )
-        raise UnsupportedFeatureError(
-            f"this model asks for {asked}, which paged_flash can't honour yet: load it with "
-            'attn_implementation="sdpa" or "eager"'
-        )
-    return segments
+        else:
+            needs_matrix = True
+    return segments, needs_matrix
+
+
+def _compiled_pattern(mask_function: Callable, arguments: dict) -> tuple[None, bool]:
+    """`_pattern` while torch.compile traces, which can't look into a closure: by what transformers says beside it.
+
+    It allows to skip a mask only where nothing was put on top of causality and the window (`local_size`).
+    """
+    if mask_function in (masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function):
+        return None, False
+    skips = arguments.get("allow_is_causal_skip") or arguments.get("allow_is_bidirectional_skip")
+    return None, not (skips and arguments.get("local_size") is not None)
 
 
 def paged_flash_mask(
@@ -86,12 +89,19 @@ def paged_flash_mask(
         attention_mask: bool (B, columns so far), False for padding, or None.
 
     Returns:
-        None, bool (B, <= kv_length) or int32 (B, kv_length); see the module's docstring.
-
-    Raises:
-        UnsupportedFeatureError: the pattern holds an overlay that can't be honoured.
+        None, bool (B, <= kv_length), int32 (B, kv_length) or bool (B, 1, q_length, kv_length); see the module's
+        docstring.
     """
-    segments = _segments(mask_function)
+    if torch.compiler.is_compiling():
+        segments, needs_matrix = _compiled_pattern(mask_function, kwargs)
+    else:
+        segments, needs_matrix = _pattern(mask_function)
+    if needs_matrix:
+        announce_mask(None if attention_mask is None else attention_mask.clone(), q_length, kv_length)
+        kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        return masking_utils.sdpa_mask(
+            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **kwargs
+        )
     if segments is not None:  # only without a cache
         return segments.to(torch.int32)
     if attention_mask is not None:
@@ -100,7 +110,7 @@ def paged_flash_mask(
         return attention_mask
     if attention_mask is None:
         seen = int(q_offset) + q_length - kv_offset
-        if kv_length <= seen or _is_bidirectional(mask_function):
+        if kv_length <= seen or (not torch.compiler.is_compiling() and _is_bidirectional(mask_function)):
             return None
         # a static cache is longer than what it holds: the rest is padding
         return torch.ones(batch_size, seen, dtype=torch.bool, device=kwargs.get("device"))
@@ -116,3 +126,15 @@ def paged_flash_mask(
 
 def _is_bidirectional(mask_function: Callable) -> bool:
     return masking_utils.causal_mask_function not in _parts(mask_function)
+
+
+def as_matrix(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """A mask that `paged_flash_mask` returned, or the user's own 4-D one, as (B | 1, Hq | 1, Sq | 1, kv_length).
+
+    Without the causal mask and the window, which the layer tells.
+    """
+    if mask is None or mask.dim() == 4:
+        return mask
+    if mask.dtype == torch.bool:
+        return mask[:, None, None, :]
+    return mask[:, None, :, None] == mask[:, None, None, :]  # packed rows
