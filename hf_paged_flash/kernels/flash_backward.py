@@ -5,22 +5,10 @@ import triton
 import triton.language as tl
 
 from . import configs
+from .bias_gradient import bias_gradient
 from .flash_forward import dot_precision, last_dim_contiguous
+from .modifiers import add_biases, dropout_factors, modifier_arguments, scores_and_slope
 from .primitives import LOG2_E, load_tile, visible_keys, visible_runs
-
-
-@triton.jit
-def _probabilities(s, lse_log2, scale_log2, softcap_log2, HAS_SOFTCAP: tl.constexpr):
-    """P = exp(S - lse) and dS/d(scale * QK^T) from raw products s; `lse_log2` broadcasts, +inf where no key was seen.
-
-    With a softcap S = softcap * tanh(x / softcap), so dS/dx = 1 - (S / softcap)^2; without one it is 1.
-    """
-    if HAS_SOFTCAP:
-        t = 1.0 - 2.0 / (1.0 + tl.exp2(s * scale_log2))
-        return tl.exp2(softcap_log2 * t - lse_log2), 1.0 - t * t
-    else:
-        p = tl.exp2(s * scale_log2 - lse_log2)
-        return p, 1.0
 
 
 @triton.jit
@@ -47,7 +35,7 @@ def _delta_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """D = rowsum(dO o O) - dlse (FlashAttention-2, algorithm 2, line 4), and lse in log2 units, +inf for rows without keys.
+    """D = rowsum(dO o O) - dlse (FlashAttention-2, algorithm 2), and lse in log2 units, +inf for rows without keys.
 
     Out, DOut (B, Sq, Hq, Dv) or packed; Lse, DLse, Delta, LseLog2 fp32 (B, Hq, Sq) or (Hq, Tq). Grid (tiles, Hq, B).
     """
@@ -100,6 +88,15 @@ def _add_queries(
     softcap_log2,
     stride_q_m,
     stride_do_m,
+    bias_base,
+    stride_bias_m,
+    stride_bias_n,
+    alibi_slope,
+    seed,
+    dropout_threshold,
+    keep_scale,
+    head,
+    row,
     HEAD_DIM: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -109,6 +106,9 @@ def _add_queries(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    BIAS: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Adds what queries `first .. last` (multiples of BLOCK_M) give to dK (N, D) and dV (N, Dv) of one key tile."""
@@ -125,15 +125,26 @@ def _add_queries(
         delta = tl.load(delta_base + start_m + offs_m, mask=offs_m < rest, other=0.0)
         # S^T = K Q^T: P^T and dS^T come out as the left operands that dV and dK need
         s_t = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        p_t, slope = _probabilities(s_t, lse_log2[None, :], scale_log2, softcap_log2, HAS_SOFTCAP)
+        s_t, slope = scores_and_slope(s_t, scale_log2, softcap_log2, HAS_SOFTCAP)
+        queries = (start_m + offs_m)[None, :]
+        s_t = add_biases(
+            s_t, queries, k_pos[:, None], seqlen_q, seqlen_k, bias_base, stride_bias_m, stride_bias_n, alibi_slope,
+            BIAS, HAS_ALIBI,
+        )  # fmt: skip
+        p_t = tl.exp2(s_t - lse_log2[None, :])
         if MASKED:
             q_pos = start_m + offs_m + seqlen_k - seqlen_q
             mask = visible_keys(q_pos, k_pos, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT)
             p_t = tl.where(tl.trans(tl.broadcast_to(mask, (BLOCK_M, k.shape[0]))), p_t, 0.0)
         do_pointers = do_base + start * stride_do_m + (offs_m[:, None] * stride_do_m + offs_dv[None, :])
         do = load_tile(do_pointers, offs_m, offs_dv, rest, V_HEAD_DIM, BLOCK_DV, MASKED)
-        dv = tl.dot(p_t.to(do.dtype), do, dv, input_precision=PRECISION)
         dp_t = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        if HAS_DROPOUT:
+            kept = dropout_factors(seed, dropout_threshold, keep_scale, queries, k_pos[:, None], head, row)
+            dv = tl.dot((p_t * kept).to(do.dtype), do, dv, input_precision=PRECISION)
+            dp_t = dp_t * kept
+        else:
+            dv = tl.dot(p_t.to(do.dtype), do, dv, input_precision=PRECISION)
         ds_t = p_t * (dp_t - delta[None, :]) * slope
         dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
@@ -150,6 +161,9 @@ def _dkv_kernel(
     cu_seqlens_q,
     cu_seqlens_k,
     seqused_k,
+    Bias,
+    alibi_slopes,
+    dropout_seed,
     DK,
     DV,
     stride_q_b,
@@ -172,6 +186,11 @@ def _dkv_kernel(
     stride_dv_h,
     stride_lse_b,
     stride_lse_h,
+    stride_bias_b,
+    stride_bias_h,
+    stride_bias_m,
+    stride_bias_n,
+    stride_alibi_b,
     max_seqlen_q,
     max_seqlen_k,
     softmax_scale,
@@ -179,6 +198,8 @@ def _dkv_kernel(
     softcap_log2,
     window_left,
     window_right,
+    dropout_threshold,
+    keep_scale,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
@@ -188,6 +209,9 @@ def _dkv_kernel(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    BIAS: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -254,8 +278,13 @@ def _dkv_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     k_pos = start_n + offs_n
+    row32 = row.to(tl.int32)
+    seed = tl.load(dropout_seed) if HAS_DROPOUT else 0
     for group in range(GROUP):
         head = head_k * GROUP + group
+        head32 = head.to(tl.int32)
+        bias_base = Bias + row * stride_bias_b + head * stride_bias_h if BIAS > 0 else Q
+        alibi_slope = tl.load(alibi_slopes + row * stride_alibi_b + head) if HAS_ALIBI else 0.0
         q_base = Q + q_row + head * stride_q_h
         do_base = DOut + do_row + head * stride_do_h
         lse_base = LseLog2 + lse_row + head * stride_lse_h
@@ -263,18 +292,21 @@ def _dkv_kernel(
         if HAS_RIGHT:
             dk, dv = _add_queries(
                 dk, dv, k, v, q_base, do_base, lse_base, delta_base, begin, full_begin, k_pos, seqlen_q, seqlen_k,
-                window_left, window_right, scale_log2, softcap_log2, stride_q_m, stride_do_m, HEAD_DIM, V_HEAD_DIM,
-                BLOCK_D, BLOCK_DV, BLOCK_M, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PRECISION,
+                window_left, window_right, scale_log2, softcap_log2, stride_q_m, stride_do_m, bias_base, stride_bias_m,
+                stride_bias_n, alibi_slope, seed, dropout_threshold, keep_scale, head32, row32, HEAD_DIM, V_HEAD_DIM,
+                BLOCK_D, BLOCK_DV, BLOCK_M, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,
             )  # fmt: skip
         dk, dv = _add_queries(
             dk, dv, k, v, q_base, do_base, lse_base, delta_base, full_begin, full_end, k_pos, seqlen_q, seqlen_k,
-            window_left, window_right, scale_log2, softcap_log2, stride_q_m, stride_do_m, HEAD_DIM, V_HEAD_DIM,
-            BLOCK_D, BLOCK_DV, BLOCK_M, False, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PRECISION,
+            window_left, window_right, scale_log2, softcap_log2, stride_q_m, stride_do_m, bias_base, stride_bias_m,
+            stride_bias_n, alibi_slope, seed, dropout_threshold, keep_scale, head32, row32, HEAD_DIM, V_HEAD_DIM,
+            BLOCK_D, BLOCK_DV, BLOCK_M, False, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
         dk, dv = _add_queries(
             dk, dv, k, v, q_base, do_base, lse_base, delta_base, full_end, end, k_pos, seqlen_q, seqlen_k,
-            window_left, window_right, scale_log2, softcap_log2, stride_q_m, stride_do_m, HEAD_DIM, V_HEAD_DIM,
-            BLOCK_D, BLOCK_DV, BLOCK_M, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PRECISION,
+            window_left, window_right, scale_log2, softcap_log2, stride_q_m, stride_do_m, bias_base, stride_bias_m,
+            stride_bias_n, alibi_slope, seed, dropout_threshold, keep_scale, head32, row32, HEAD_DIM, V_HEAD_DIM,
+            BLOCK_D, BLOCK_DV, BLOCK_M, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
     # keys behind `seqused_k` are stored but unseen: their gradients are 0
     used = (start_n + offs_n < seqlen_k)[:, None]
@@ -298,7 +330,8 @@ def _add_keys(
     v_base,
     first,
     last,
-    q_pos,
+    queries,
+    seqlen_q,
     seqlen_k,
     window_left,
     window_right,
@@ -306,6 +339,15 @@ def _add_keys(
     softcap_log2,
     stride_k_n,
     stride_v_n,
+    bias_base,
+    stride_bias_m,
+    stride_bias_n,
+    alibi_slope,
+    seed,
+    dropout_threshold,
+    keep_scale,
+    head,
+    row,
     HEAD_DIM: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -315,6 +357,9 @@ def _add_keys(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    BIAS: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Adds what keys `first .. last` (multiples of BLOCK_N) give to dQ (M, D) of one query tile."""
@@ -329,11 +374,20 @@ def _add_keys(
         k = load_tile(k_pointers, offs_n, offs_d, rest, HEAD_DIM, BLOCK_D, MASKED)
         v = load_tile(v_pointers, offs_n, offs_dv, rest, V_HEAD_DIM, BLOCK_DV, MASKED)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        p, slope = _probabilities(s, lse_log2[:, None], scale_log2, softcap_log2, HAS_SOFTCAP)
+        s, slope = scores_and_slope(s, scale_log2, softcap_log2, HAS_SOFTCAP)
+        keys = start_n + offs_n
+        s = add_biases(
+            s, queries[:, None], keys[None, :], seqlen_q, seqlen_k, bias_base, stride_bias_m, stride_bias_n, alibi_slope,
+            BIAS, HAS_ALIBI,
+        )  # fmt: skip
+        p = tl.exp2(s - lse_log2[:, None])
         if MASKED:
-            mask = visible_keys(q_pos, start_n + offs_n, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT)
+            q_pos = queries + seqlen_k - seqlen_q
+            mask = visible_keys(q_pos, keys, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT)
             p = tl.where(mask, p, 0.0)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        if HAS_DROPOUT:
+            dp *= dropout_factors(seed, dropout_threshold, keep_scale, queries[:, None], keys[None, :], head, row)
         ds = p * (dp - delta[:, None]) * slope
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
@@ -350,6 +404,9 @@ def _dq_kernel(
     cu_seqlens_q,
     cu_seqlens_k,
     seqused_k,
+    Bias,
+    alibi_slopes,
+    dropout_seed,
     DQ,
     stride_q_b,
     stride_q_m,
@@ -368,6 +425,11 @@ def _dq_kernel(
     stride_dq_h,
     stride_lse_b,
     stride_lse_h,
+    stride_bias_b,
+    stride_bias_h,
+    stride_bias_m,
+    stride_bias_n,
+    stride_alibi_b,
     max_seqlen_q,
     max_seqlen_k,
     softmax_scale,
@@ -375,6 +437,8 @@ def _dq_kernel(
     softcap_log2,
     window_left,
     window_right,
+    dropout_threshold,
+    keep_scale,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
@@ -384,6 +448,9 @@ def _dq_kernel(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    BIAS: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -438,22 +505,28 @@ def _dq_kernel(
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     k_base = K + k_row + head_k * stride_k_h
     v_base = V + v_row + head_k * stride_v_h
-    q_pos = offs_m + shift
+    row32, head32 = row.to(tl.int32), head.to(tl.int32)
+    bias_base = Bias + row * stride_bias_b + head * stride_bias_h if BIAS > 0 else Q
+    alibi_slope = tl.load(alibi_slopes + row * stride_alibi_b + head) if HAS_ALIBI else 0.0
+    seed = tl.load(dropout_seed) if HAS_DROPOUT else 0
     if HAS_LEFT:
         dq = _add_keys(
-            dq, q, do, lse_log2, delta, k_base, v_base, begin, full_begin, q_pos, seqlen_k, window_left, window_right,
-            scale_log2, softcap_log2, stride_k_n, stride_v_n, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, True,
-            HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PRECISION,
+            dq, q, do, lse_log2, delta, k_base, v_base, begin, full_begin, offs_m, seqlen_q, seqlen_k, window_left,
+            window_right, scale_log2, softcap_log2, stride_k_n, stride_v_n, bias_base, stride_bias_m, stride_bias_n, alibi_slope,
+            seed, dropout_threshold, keep_scale, head32, row32, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, True,
+            HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
     dq = _add_keys(
-        dq, q, do, lse_log2, delta, k_base, v_base, full_begin, full_end, q_pos, seqlen_k, window_left, window_right,
-        scale_log2, softcap_log2, stride_k_n, stride_v_n, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, False,
-        HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PRECISION,
+        dq, q, do, lse_log2, delta, k_base, v_base, full_begin, full_end, offs_m, seqlen_q, seqlen_k, window_left,
+        window_right, scale_log2, softcap_log2, stride_k_n, stride_v_n, bias_base, stride_bias_m, stride_bias_n, alibi_slope,
+        seed, dropout_threshold, keep_scale, head32, row32, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, False,
+        HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,
     )  # fmt: skip
     dq = _add_keys(
-        dq, q, do, lse_log2, delta, k_base, v_base, full_end, end, q_pos, seqlen_k, window_left, window_right,
-        scale_log2, softcap_log2, stride_k_n, stride_v_n, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, True,
-        HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PRECISION,
+        dq, q, do, lse_log2, delta, k_base, v_base, full_end, end, offs_m, seqlen_q, seqlen_k, window_left,
+        window_right, scale_log2, softcap_log2, stride_k_n, stride_v_n, bias_base, stride_bias_m, stride_bias_n, alibi_slope,
+        seed, dropout_threshold, keep_scale, head32, row32, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, True,
+        HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,
     )  # fmt: skip
     dq_pointers = DQ + dq_row + head * stride_dq_h + rows[:, None] * stride_dq_m + offs_d[None, :]
     dq_mask = row_mask[:, None] & (offs_d < HEAD_DIM)[None, :]
@@ -480,7 +553,12 @@ def flash_backward(
     window_right: int = -1,
     softcap: float = 0.0,
     s_aux: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    bias: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: torch.Tensor | None = None,
+    bias_needs_grad: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Launches the three kernels; arguments and results as in `hf_paged_flash.ops.reference.flash_backward`."""
     packed = cu_seqlens_q is not None
     packed_k = k.dim() == 3
@@ -490,8 +568,11 @@ def flash_backward(
     batch = cu_seqlens_q.numel() - 1 if packed else q.shape[0]
     max_seqlen_q = max_seqlen_q if packed else q.shape[1]
     max_seqlen_k = max_seqlen_k if packed_k else k.shape[1]
+    # packed tensors may hold tokens outside every row: their gradients are 0
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    delta, lse_log2 = torch.empty_like(lse), torch.empty_like(lse)
+    for x in [dq] * packed + [dk, dv] * packed_k:
+        x.zero_()
+    delta, lse_log2 = torch.zeros_like(lse), torch.full_like(lse, float("inf"))
     if causal:
         window_right = 0
     scale_log2, softcap_log2 = softmax_scale * LOG2_E.value, 0.0
@@ -512,12 +593,14 @@ def flash_backward(
     shared = dict(
         Q=q, K=k, V=v, DOut=dout, LseLog2=lse_log2, Delta=delta,
         cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k,
-        **strides("q", q, "m"), **strides("k", k, "n"), **strides("v", v, "n"), **strides("do", dout, "m"), **lse_strides,
+        **strides("q", q, "m"), **strides("k", k, "n"), **strides("v", v, "n"), **strides("do", dout, "m"),
+        **lse_strides,
         max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, softmax_scale=softmax_scale,
         scale_log2=scale_log2, softcap_log2=softcap_log2, window_left=window_left, window_right=window_right,
         GROUP=num_heads // num_kv_heads, HEAD_DIM=head_dim, V_HEAD_DIM=v_head_dim, PACKED_Q=packed, PACKED_K=packed_k,
         HAS_SEQUSED=seqused_k is not None, HAS_LEFT=window_left >= 0, HAS_RIGHT=window_right >= 0,
         HAS_SOFTCAP=softcap > 0, PRECISION=dot_precision(q.dtype), BLOCK_D=block_d, BLOCK_DV=block_dv,
+        **modifier_arguments(bias, alibi_slopes, dropout_p, dropout_seed),
     )  # fmt: skip
     with torch.cuda.device_of(q):
         if out.numel():
@@ -537,12 +620,12 @@ def flash_backward(
                 **shared, DK=dk, DV=dv, **strides("dk", dk, "n"), **strides("dv", dv, "n"),
                 BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
             )  # fmt: skip
-    return dq, dk, dv, None if s_aux is None else _sink_gradient(s_aux, delta, lse, packed)
+        dbias = bias_gradient(bias, batch, shared) if bias_needs_grad else None
+    return dq, dk, dv, None if s_aux is None else _sink_gradient(s_aux, delta, lse_log2), dbias
 
 
-def _sink_gradient(s_aux: torch.Tensor, delta: torch.Tensor, lse: torch.Tensor, packed: bool) -> torch.Tensor:
-    """dsink = -sum over rows of exp(sink - lse) * D, per head; rows without keys give 0."""
-    sink = s_aux.float()[:, None] if packed else s_aux.float()[None, :, None]
-    weight = torch.where(lse == float("-inf"), 0.0, torch.exp(sink - lse))
+def _sink_gradient(s_aux: torch.Tensor, delta: torch.Tensor, lse_log2: torch.Tensor) -> torch.Tensor:
+    """dsink = -sum over rows of exp(sink - lse) * D, per head; rows without keys, whose lse is +inf here, give 0."""
+    weight = torch.exp2(s_aux.float()[:, None] * LOG2_E.value - lse_log2)
     summed = -(weight * delta).sum(-1)
-    return (summed if packed else summed.sum(0)).to(s_aux.dtype)
+    return (summed if summed.dim() == 1 else summed.sum(0)).to(s_aux.dtype)
