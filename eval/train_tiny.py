@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 HELDOUT_MODULES = "bisect calendar cmd colorsys fnmatch graphlib heapq sched shlex textwrap".split()
-# Not library text: tests, other packages, character tables, and documentation stored as escaped strings.
+# Not library text: other tests, other packages, character tables, and documentation stored as escaped strings.
 SKIPPED_FOLDERS = {"tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"}
 SKIPPED_FILES = {"html/entities.py", "stringprep.py"}
 SAMPLE_PROMPTS = [
@@ -47,9 +47,9 @@ class TinyTraining:
         default=Path(sysconfig.get_paths()["stdlib"]),
         metadata={"help": "standard library to train on (default: the running interpreter's)"},
     )
-    include_tests: bool = field(default=False, metadata={"help": "train on the library's own test/ folder as well"})
+    include_tests: bool = field(default=True, metadata={"help": "train on the library's own test/ folder as well"})
     attn_implementation: str = field(default="sdpa", metadata={"help": "attention used in training and evaluation"})
-    steps: int = 2400
+    steps: int = 3600
     batch_size: int = field(default=16, metadata={"help": "sequences a step"})
     context: int = field(default=2048, metadata={"help": "tokens a sequence"})
     vocab_size: int = 4096

@@ -153,10 +153,10 @@ def _target_dtype(*tensors: torch.Tensor) -> torch.dtype:
     device_type = tensors[0].device.type
     if torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
-    smallest = tensors[0].dtype
-    for x in tensors[1:]:  # torch.compile can't trace min() with a key
-        smallest = x.dtype if x.dtype.itemsize < smallest.itemsize else smallest
-    return smallest
+    target = tensors[0].dtype
+    for tensor in tensors[1:]:
+        target = tensor.dtype if tensor.dtype.itemsize < target.itemsize else target
+    return target
 
 
 def _are_paged(key: torch.Tensor, value: torch.Tensor) -> bool:
@@ -262,15 +262,14 @@ def _padded(query, key, value, mask: torch.Tensor, options: _Options) -> torch.T
             f"`attention_mask` has {columns} columns, which does not fit {q_length} new tokens and {key.shape[2]} keys"
         )
     # every layer of a forward gets the same mask object: find its tokens once
-    packings = mask.__dict__.setdefault("_paged_flash_packings", {})
-    if (q_length, positional) not in packings:
+    known, keys, queries = getattr(mask, "_paged_flash_packings", (None, None, None))
+    if known != (q_length, positional):
         keys = Packing.of(mask)
         if not positional:
             queries = Packing.of(mask.new_ones(batch, q_length))
         else:
             queries = keys if q_length == columns else Packing.of(mask[:, columns - q_length :])
-        packings[q_length, positional] = keys, queries
-    keys, queries = packings[q_length, positional]
+        mask._paged_flash_packings = (q_length, positional), keys, queries
     key, value = key[:, :, :columns], value[:, :, :columns]  # a static cache holds more columns than it has filled
     out = _forward(
         pack(query, queries.indices), pack(key, keys.indices), pack(value, keys.indices), options,

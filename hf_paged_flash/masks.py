@@ -28,7 +28,10 @@ _CARRIED_BY_THE_LAYER = ("sliding_window_overlay", "sliding_window_bidirectional
 
 def _parts(mask_function: Callable) -> list[Callable]:
     """The functions that `and_masks` was made of; a function of another make as it is."""
-    if _maker(mask_function) != "and_masks":
+    maker = _maker(mask_function)
+    if maker == "remap_positions_for_packed_sequence":  # packed rows count their positions from 0 here anyway
+        return _parts(_closure(mask_function)["mask_function"])
+    if maker != "and_masks":
         return [mask_function]
     return [part for function in _closure(mask_function)["mask_functions"] for part in _parts(function)]
 

@@ -1,19 +1,16 @@
 """Makes transformers know "paged_flash", and forget it again."""
 
 import threading
-import warnings
 
 import transformers
-from packaging.version import Version
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from .attention import paged_flash_attention_forward
 from .errors import IncompatibleTransformersError
 from .masks import paged_flash_mask
+from .versions import check_transformers
 
 ATTENTION_NAME = "paged_flash"
-OLDEST_TRANSFORMERS = Version("5.17.0")
-NEWEST_TRANSFORMERS = Version("5.23.0")  # the newest that the tests have seen
 
 _lock = threading.RLock()
 
@@ -26,19 +23,14 @@ def register() -> None:
     Raises:
         IncompatibleTransformersError: transformers is too old, or differs where a patch must fit; nothing is changed.
     """
-    # imported here: `hf_paged_flash.patches` imports what this package exports
-    from hf_paged_flash.patches import ALL_PATCHES
-
-    version = Version(transformers.__version__)
-    if version < OLDEST_TRANSFORMERS:
+    check_transformers()
+    try:
+        # imported here: `hf_paged_flash.patches` imports what this package exports
+        from hf_paged_flash.patches import ALL_PATCHES
+    except ImportError as error:
         raise IncompatibleTransformersError(
-            f"hf_paged_flash needs transformers {OLDEST_TRANSFORMERS} or newer, found {version}: "
-            f"pip install -U 'transformers>={OLDEST_TRANSFORMERS}'"
-        )
-    if version > NEWEST_TRANSFORMERS:
-        warnings.warn(
-            f"hf_paged_flash has been tested up to transformers {NEWEST_TRANSFORMERS}, found {version}", stacklevel=3
-        )
+            f"transformers {transformers.__version__} does not fit this version of hf_paged_flash: {error}"
+        ) from error
     with _lock:
         for patch in ALL_PATCHES:
             if not patch.applied:

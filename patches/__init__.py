@@ -10,10 +10,12 @@ from hf_paged_flash.patches.flash_functions import FLASH_FUNCTIONS
 from hf_paged_flash.patches.flash_implementations import FLASH_IMPLEMENTATIONS
 from hf_paged_flash.patches.generate_batch import GENERATE_BATCH
 from hf_paged_flash.patches.prefill_logits import PREFILL_LOGITS
+from hf_paged_flash.patches.unreached_models import UNREACHED_MODELS
 
 ALL_PATCHES: tuple[Patch, ...] = (
     FLASH_FUNCTIONS,
     FLASH_IMPLEMENTATIONS,
+    UNREACHED_MODELS,
     DEFAULT_CACHE,
     PREFILL_LOGITS,
     GENERATE_BATCH,

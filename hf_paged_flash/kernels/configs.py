@@ -100,6 +100,11 @@ def forward_tile(block_d: int, block_dv: int, dtype: torch.dtype, device: Device
     return candidates[-1]
 
 
+def has_descriptors(dtype: torch.dtype, device: Device) -> bool:
+    """Whether tiles of K and V are loaded by the copy engine (TMA, from Hopper on); fp32 tiles are small and are not."""
+    return device.capability >= 90 and dtype.itemsize == 2
+
+
 def decode_tile(block_d: int, block_dv: int, rows: int, dtype: torch.dtype, device: Device) -> Tile:
     """The decode kernel's tile; `rows` is query tokens times the GQA group, packed into one tile of BLOCK_M rows."""
     block_m = min(64, max(16, 1 << (rows - 1).bit_length()))
@@ -118,38 +123,14 @@ def decode_tile(block_d: int, block_dv: int, rows: int, dtype: torch.dtype, devi
     return Tile(16, 16, 4, 1)
 
 
-def decode_splits(batch: int, num_programs: int, max_seqlen_k: int, block_n: int, device: Device) -> int:
-    """How many programs share one row's keys, from sizes known without asking the device.
-
-    `num_programs` is the grid without splits; `max_seqlen_k` the table's width in tokens, not the rows' lengths.
-    """
-    tiles = -(-max_seqlen_k // block_n)
-    wanted = -(-4 * device.num_sms // num_programs)
-    return max(1, min(wanted, tiles, 128))
+def decode_splits(num_programs: int, device: Device) -> int:
+    """How many programs share one row's keys, from sizes known without asking the device; `num_programs` without splits."""
+    return max(1, min(-(-4 * device.num_sms // num_programs), 128))
 
 
-# Backward: {largest padded head_dim: tiles}; dK/dV keep BLOCK_N keys and walk over queries, dQ the other way round
-_DKV_HOPPER = {
-    64: (Tile(64, 128, 8, 2),),
-    128: (Tile(64, 128, 8, 2),),
-    256: (Tile(32, 64, 8, 2),),
-}
-_DQ_HOPPER = {
-    64: (Tile(128, 128, 8, 2),),
-    128: (Tile(128, 128, 8, 1), Tile(128, 64, 8, 2)),
-    256: (Tile(128, 32, 8, 2),),
-}
+REDUCE_WARPS = 8
 
 
-def dkv_tile(block_d: int, block_dv: int, dtype: torch.dtype, device: Device) -> Tile:
-    """The dK/dV kernel's tile."""
-    if device.capability == 0:
-        return Tile(32, 32, 4, 1)
-    return _DKV_HOPPER[min(limit for limit in _DKV_HOPPER if limit >= max(block_d, block_dv))][0]
-
-
-def dq_tile(block_d: int, block_dv: int, dtype: torch.dtype, device: Device) -> Tile:
-    """The dQ kernel's tile."""
-    if device.capability == 0:
-        return Tile(32, 32, 4, 1)
-    return _DQ_HOPPER[min(limit for limit in _DQ_HOPPER if limit >= max(block_d, block_dv))][0]
+def reduce_block(splits: int) -> int:
+    """How many splits' partial results the reduce kernel reads at once."""
+    return max(16, min(128, 1 << (splits - 1).bit_length()))

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import configs
+from . import backward_configs, configs
 from .bias_gradient import bias_gradient
 from .flash_forward import dot_precision, last_dim_contiguous
 from .modifiers import add_biases, dropout_factors, modifier_arguments, scores_and_slope
@@ -609,13 +609,13 @@ def flash_backward(
                 **strides("o", out, "m"), **strides("do", dout, "m"), **lse_strides, max_seqlen_q=max_seqlen_q,
                 V_HEAD_DIM=v_head_dim, PACKED_Q=packed, HAS_DLSE=dlse is not None, BLOCK_DV=block_dv, BLOCK_M=64,
             )  # fmt: skip
-            tile = configs.dq_tile(block_d, block_dv, q.dtype, device)
+            tile = backward_configs.dq_tile(block_d, block_dv, q.dtype, device)
             _dq_kernel[(num_heads, triton.cdiv(max_seqlen_q, tile.block_m), batch)](
                 **shared, DQ=dq, **strides("dq", dq, "m"), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
                 num_warps=tile.num_warps, num_stages=tile.num_stages,
             )  # fmt: skip
         if dk.numel():
-            tile = configs.dkv_tile(block_d, block_dv, q.dtype, device)
+            tile = backward_configs.dkv_tile(block_d, block_dv, q.dtype, device)
             _dkv_kernel[(triton.cdiv(max_seqlen_k, tile.block_n), num_kv_heads, batch)](
                 **shared, DK=dk, DV=dv, **strides("dk", dk, "n"), **strides("dv", dv, "n"),
                 BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,

@@ -3,14 +3,16 @@
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs
 from .primitives import (
     LOG2_E,
+    attention_scores,
     finish_softmax,
     load_tile,
     online_softmax_update,
-    scaled_scores,
+    tile_blocks,
     tile_pointers,
     visible_keys,
 )
@@ -24,6 +26,11 @@ def _attend(
     q,
     k_base,
     v_base,
+    k_descriptor,
+    v_descriptor,
+    descriptor_row,
+    descriptor_n,
+    head_k,
     block_table_row,
     first,
     last,
@@ -32,7 +39,7 @@ def _attend(
     window_left,
     window_right,
     scale_log2,
-    softcap_log2,
+    tanh_scale,
     stride_k_block,
     stride_k_n,
     stride_v_block,
@@ -43,6 +50,7 @@ def _attend(
     BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     MASKED: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
@@ -53,31 +61,47 @@ def _attend(
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
+    blocks = tile_blocks(block_table_row, first, offs_n, seqlen_k, BLOCK_N, PAGE_SIZE)
     for start_n in range(first, last, BLOCK_N):
         rest = seqlen_k - start_n
-        k_pointers = tile_pointers(
-            k_base, block_table_row, start_n, offs_n, offs_d, seqlen_k, stride_k_block, stride_k_n, BLOCK_N, PAGE_SIZE, MASKED
-        )
-        k = load_tile(k_pointers, offs_n, offs_d, rest, HEAD_DIM, BLOCK_D, MASKED)
-        s = scaled_scores(q, k, scale_log2, softcap_log2, HAS_SOFTCAP, PRECISION)
+        next_blocks = tile_blocks(block_table_row, start_n + BLOCK_N, offs_n, seqlen_k, BLOCK_N, PAGE_SIZE)
+        if DESCRIPTORS:
+            k = k_descriptor.load([descriptor_row, descriptor_n + start_n, head_k, 0]).reshape(BLOCK_N, BLOCK_D)
+        else:
+            k_pointers = tile_pointers(
+                k_base, blocks, start_n, offs_n, offs_d, stride_k_block, stride_k_n, BLOCK_N, PAGE_SIZE
+            )
+            k = load_tile(k_pointers, offs_n, offs_d, rest, HEAD_DIM, BLOCK_D, MASKED)
+        s = attention_scores(q, k, tanh_scale, HAS_SOFTCAP, PRECISION)
         if MASKED:
             mask = visible_keys(q_pos, start_n + offs_n, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT)
             s = tl.where(mask, s, float("-inf"))
-        p, alpha, m_i, l_i = online_softmax_update(s, m_i, l_i, MASKED)
+        p, alpha, m_i, l_i = online_softmax_update(s, scale_log2, m_i, l_i, MASKED)
         acc = acc * alpha[:, None]
-        v_pointers = tile_pointers(
-            v_base, block_table_row, start_n, offs_n, offs_dv, seqlen_k, stride_v_block, stride_v_n, BLOCK_N, PAGE_SIZE, MASKED
-        )
-        v = load_tile(v_pointers, offs_n, offs_dv, rest, V_HEAD_DIM, BLOCK_DV, MASKED)
+        if DESCRIPTORS:
+            v = v_descriptor.load([descriptor_row, descriptor_n + start_n, head_k, 0]).reshape(BLOCK_N, BLOCK_DV)
+        else:
+            v_pointers = tile_pointers(
+                v_base, blocks, start_n, offs_n, offs_dv, stride_v_block, stride_v_n, BLOCK_N, PAGE_SIZE
+            )
+            v = load_tile(v_pointers, offs_n, offs_dv, rest, V_HEAD_DIM, BLOCK_DV, MASKED)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+        blocks = next_blocks
     return acc, m_i, l_i
 
 
-@triton.jit
+# lengths must not compile anew when they turn into multiples of 16
+@triton.jit(
+    do_not_specialize=[
+        "stride_lse_b", "stride_lse_h", "stride_table", "max_seqlen_q", "max_seqlen_k", "window_left", "window_right"
+    ]
+)  # fmt: skip
 def _flash_forward_kernel(
     Q,
     K,
     V,
+    KDescriptor,
+    VDescriptor,
     cu_seqlens_q,
     cu_seqlens_k,
     seqused_k,
@@ -103,7 +127,7 @@ def _flash_forward_kernel(
     max_seqlen_q,
     max_seqlen_k,
     scale_log2,
-    softcap_log2,
+    tanh_scale,
     window_left,
     window_right,
     GROUP: tl.constexpr,
@@ -119,6 +143,7 @@ def _flash_forward_kernel(
     HAS_SINK: tl.constexpr,
     PRECISION: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -201,22 +226,32 @@ def _flash_forward_kernel(
     l_i = tl.zeros([BLOCK_M], tl.float32)
     k_base = K + k_row
     v_base = V + v_row
+    descriptor_row = row.to(tl.int32)
+    descriptor_n = 0
+    if PACKED_K:
+        descriptor_row = 0
+        descriptor_n = first_k.to(tl.int32)
+    # past a row's keys a descriptor reads the next row's, or keys that were never written: 0 * NaN is NaN
+    DESCRIPTORS_AT_END: tl.constexpr = DESCRIPTORS and not PACKED_K and not HAS_SEQUSED
     q_pos = offs_m + shift
     if HAS_LEFT:
         acc, m_i, l_i = _attend(
-            acc, m_i, l_i, q, k_base, v_base, block_table_row, begin, full_begin, q_pos, seqlen_k, window_left, window_right,
-            scale_log2, softcap_log2, stride_k_b, stride_k_n, stride_v_b, stride_v_n, HEAD_DIM, V_HEAD_DIM, BLOCK_D,
-            BLOCK_DV, BLOCK_N, PAGE_SIZE, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PRECISION,
+            acc, m_i, l_i, q, k_base, v_base, KDescriptor, VDescriptor, descriptor_row, descriptor_n, head // GROUP,
+            block_table_row, begin, full_begin, q_pos, seqlen_k, window_left, window_right, scale_log2, tanh_scale,
+            stride_k_b, stride_k_n, stride_v_b, stride_v_n, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, PAGE_SIZE,
+            DESCRIPTORS_AT_END, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PRECISION,
         )  # fmt: skip
     acc, m_i, l_i = _attend(
-        acc, m_i, l_i, q, k_base, v_base, block_table_row, full_begin, full_end, q_pos, seqlen_k, window_left, window_right,
-        scale_log2, softcap_log2, stride_k_b, stride_k_n, stride_v_b, stride_v_n, HEAD_DIM, V_HEAD_DIM, BLOCK_D,
-        BLOCK_DV, BLOCK_N, PAGE_SIZE, False, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PRECISION,
+        acc, m_i, l_i, q, k_base, v_base, KDescriptor, VDescriptor, descriptor_row, descriptor_n, head // GROUP,
+        block_table_row, full_begin, full_end, q_pos, seqlen_k, window_left, window_right, scale_log2, tanh_scale,
+        stride_k_b, stride_k_n, stride_v_b, stride_v_n, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, PAGE_SIZE,
+        DESCRIPTORS, False, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PRECISION,
     )  # fmt: skip
     acc, m_i, l_i = _attend(
-        acc, m_i, l_i, q, k_base, v_base, block_table_row, full_end, end, q_pos, seqlen_k, window_left, window_right,
-        scale_log2, softcap_log2, stride_k_b, stride_k_n, stride_v_b, stride_v_n, HEAD_DIM, V_HEAD_DIM, BLOCK_D,
-        BLOCK_DV, BLOCK_N, PAGE_SIZE, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PRECISION,
+        acc, m_i, l_i, q, k_base, v_base, KDescriptor, VDescriptor, descriptor_row, descriptor_n, head // GROUP,
+        block_table_row, full_end, end, q_pos, seqlen_k, window_left, window_right, scale_log2, tanh_scale,
+        stride_k_b, stride_k_n, stride_v_b, stride_v_n, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, PAGE_SIZE,
+        DESCRIPTORS_AT_END, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PRECISION,
     )  # fmt: skip
 
     sink = m_i
@@ -228,11 +263,14 @@ def _flash_forward_kernel(
     tl.store(Lse + lse_row + head.to(tl.int64) * stride_lse_h + offs_m, lse, mask=row_mask)
 
 
-def scale_and_softcap(softmax_scale: float, softcap: float) -> tuple[float, float]:
-    """The two factors of `primitives.scaled_scores`."""
+def score_scales(q: torch.Tensor, softmax_scale: float, softcap: float) -> tuple[torch.Tensor, float, float]:
+    """The queries, `scale_log2` > 0 and `tanh_scale`: the factors of `online_softmax_update` and `attention_scores`."""
     if softcap > 0:
-        return 2.0 * LOG2_E.value * softmax_scale / softcap, softcap * LOG2_E.value
-    return softmax_scale * LOG2_E.value, 0.0
+        return q, softcap * LOG2_E.value, 2.0 * LOG2_E.value * softmax_scale / softcap
+    if softmax_scale > 0:
+        return q, softmax_scale * LOG2_E.value, 0.0
+    # the running maximum is taken before the scale
+    return (-q, -softmax_scale * LOG2_E.value, 0.0) if softmax_scale < 0 else (torch.zeros_like(q), LOG2_E.value, 0.0)
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -242,6 +280,18 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 def last_dim_contiguous(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _descriptor(x: torch.Tensor, block_n: int, block_d: int) -> TensorDescriptor | None:
+    """Keys or values (B, S, H, D), or packed (T, H, D), for loads by the GPU's copy engine, or None if it cannot."""
+    x = x[None] if x.dim() == 3 else x
+    sizes, strides = list(x.shape), list(x.stride())
+    for dim in range(3):
+        if sizes[dim] == 1:  # torch keeps any stride there
+            strides[dim] = strides[2] if dim < 2 else sizes[3]
+    if x.data_ptr() % 16 or min(sizes) == 0 or any(n <= 0 or n * x.element_size() % 16 for n in strides[:3]):
+        return None
+    return TensorDescriptor(x, sizes, strides, [1, block_n, 1, block_d])
 
 
 def flash_forward(
@@ -282,21 +332,26 @@ def flash_forward(
         max_seqlen_k = k.shape[1]
     if out.numel() == 0:
         return out, lse
-    if softmax_scale < 0:  # the kernel's running maximum is taken before the scale
-        q, softmax_scale = -q, -softmax_scale
     if causal:
         window_right = 0
 
     block_d = max(16, triton.next_power_of_2(head_dim))
     block_dv = max(16, triton.next_power_of_2(v_head_dim))
-    tile = configs.forward_tile(block_d, block_dv, q.dtype, configs.device_of(q))
-    scale_log2, softcap_log2 = scale_and_softcap(softmax_scale, softcap)
+    device = configs.device_of(q)
+    tile = configs.forward_tile(block_d, block_dv, q.dtype, device)
+    q, scale_log2, tanh_scale = score_scales(q, softmax_scale, softcap)
     grid = (num_heads, triton.cdiv(max_seqlen_q, tile.block_m), batch)
+    k_descriptor = v_descriptor = None
+    if block_table is None and configs.has_descriptors(q.dtype, device):
+        k_descriptor = _descriptor(k, tile.block_n, block_d)
+        v_descriptor = _descriptor(v, tile.block_n, block_dv)
     with torch.cuda.device_of(q):
         _flash_forward_kernel[grid](
             Q=q,
             K=k,
             V=v,
+            KDescriptor=k_descriptor,
+            VDescriptor=v_descriptor,
             cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k,
             seqused_k=seqused_k,
@@ -322,7 +377,7 @@ def flash_forward(
             max_seqlen_q=max_seqlen_q,
             max_seqlen_k=max_seqlen_k,
             scale_log2=scale_log2,
-            softcap_log2=softcap_log2,
+            tanh_scale=tanh_scale,
             window_left=window_left,
             window_right=window_right,
             GROUP=num_heads // num_kv_heads,
@@ -338,6 +393,7 @@ def flash_forward(
             HAS_SINK=s_aux is not None,
             PRECISION=dot_precision(q.dtype),
             PAGE_SIZE=0 if block_table is None else k.shape[1],
+            DESCRIPTORS=k_descriptor is not None and v_descriptor is not None,
             BLOCK_D=block_d,
             BLOCK_DV=block_dv,
             BLOCK_M=tile.block_m,

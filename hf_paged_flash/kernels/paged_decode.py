@@ -5,19 +5,21 @@ import triton
 import triton.language as tl
 
 from . import configs
-from .flash_forward import dot_precision, last_dim_contiguous, scale_and_softcap
+from .flash_forward import dot_precision, last_dim_contiguous, score_scales
 from .primitives import (
     LOG2_E,
+    attention_scores,
     finish_softmax,
     load_tile,
     online_softmax_update,
-    scaled_scores,
+    tile_blocks,
     tile_pointers,
     visible_keys,
 )
 
 
-@triton.jit
+# lengths must not compile anew when they turn into multiples of 16
+@triton.jit(do_not_specialize=["stride_table", "max_seqlen_k", "num_splits", "window_left", "window_right"])
 def _paged_decode_kernel(
     Q,
     K,
@@ -41,7 +43,7 @@ def _paged_decode_kernel(
     max_seqlen_k,
     num_splits,
     scale_log2,
-    softcap_log2,
+    tanh_scale,
     window_left,
     window_right,
     SEQLEN_Q: tl.constexpr,
@@ -108,21 +110,20 @@ def _paged_decode_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
+    blocks = tile_blocks(block_table_row, begin, offs_n, seqlen_k, BLOCK_N, PAGE_SIZE)
     for start_n in range(begin, end, BLOCK_N):
         rest = seqlen_k - start_n
-        k_pointers = tile_pointers(
-            k_base, block_table_row, start_n, offs_n, offs_d, seqlen_k, stride_k_b, stride_k_n, BLOCK_N, PAGE_SIZE, True
-        )
-        v_pointers = tile_pointers(
-            v_base, block_table_row, start_n, offs_n, offs_dv, seqlen_k, stride_v_b, stride_v_n, BLOCK_N, PAGE_SIZE, True
-        )
+        next_blocks = tile_blocks(block_table_row, start_n + BLOCK_N, offs_n, seqlen_k, BLOCK_N, PAGE_SIZE)
+        k_pointers = tile_pointers(k_base, blocks, start_n, offs_n, offs_d, stride_k_b, stride_k_n, BLOCK_N, PAGE_SIZE)
+        v_pointers = tile_pointers(v_base, blocks, start_n, offs_n, offs_dv, stride_v_b, stride_v_n, BLOCK_N, PAGE_SIZE)
         k = load_tile(k_pointers, offs_n, offs_d, rest, HEAD_DIM, BLOCK_D, True)
         v = load_tile(v_pointers, offs_n, offs_dv, rest, V_HEAD_DIM, BLOCK_DV, True)
-        s = scaled_scores(q, k, scale_log2, softcap_log2, HAS_SOFTCAP, PRECISION)
+        s = attention_scores(q, k, tanh_scale, HAS_SOFTCAP, PRECISION)
         mask = visible_keys(q_pos, start_n + offs_n, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT)
         s = tl.where(mask, s, float("-inf"))
-        p, alpha, m_i, l_i = online_softmax_update(s, m_i, l_i, True)
+        p, alpha, m_i, l_i = online_softmax_update(s, scale_log2, m_i, l_i, True)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+        blocks = next_blocks
 
     HAS_FINAL_SINK: tl.constexpr = HAS_SINK and not SPLIT
     sink = m_i
@@ -140,7 +141,7 @@ def _paged_decode_kernel(
     tl.store(Lse + lse_row, lse, mask=row_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def _reduce_splits_kernel(
     PartialOut,
     PartialLse,
@@ -171,7 +172,7 @@ def _reduce_splits_kernel(
     for start_s in range(0, num_splits, BLOCK_S):
         offs_s = start_s + tl.arange(0, BLOCK_S)
         lse_s = tl.load(PartialLse + index * num_splits + offs_s, mask=offs_s < num_splits, other=float("-inf"))
-        weights, alpha, m_i, l_i = online_softmax_update((lse_s * LOG2_E)[None, :], m_i, l_i, True)
+        weights, alpha, m_i, l_i = online_softmax_update(lse_s[None, :], LOG2_E, m_i, l_i, True)
         # an empty split wrote a partial output of 0, its weight is 0
         mask = (offs_s < num_splits)[:, None] & (offs_dv < V_HEAD_DIM)[None, :]
         partial = tl.load(PartialOut + (index * num_splits + offs_s)[:, None] * V_HEAD_DIM + offs_dv[None, :], mask, 0.0)
@@ -215,8 +216,6 @@ def paged_decode(
         return out, lse
     page_size = 0 if block_table is None else k_cache.shape[1]
     max_seqlen_k = k_cache.shape[1] if block_table is None else block_table.shape[1] * page_size
-    if softmax_scale < 0:  # the kernel's running maximum is taken before the scale
-        q, softmax_scale = -q, -softmax_scale
     if causal:
         window_right = 0
 
@@ -225,13 +224,15 @@ def paged_decode(
     device = configs.device_of(q)
     tile = configs.decode_tile(block_d, block_dv, seqlen_q * group, q.dtype, device)
     tiles_m = triton.cdiv(seqlen_q * group, tile.block_m)
+    most_splits = num_splits if num_splits > 0 else configs.decode_splits(batch * num_kv_heads * tiles_m, device)
     if num_splits <= 0:
-        num_splits = configs.decode_splits(batch, batch * num_kv_heads * tiles_m, max_seqlen_k, tile.block_n, device)
+        num_splits = max(1, min(most_splits, triton.cdiv(max_seqlen_k, tile.block_n)))
+    split = most_splits > 1  # num_splits grows with the table: one compilation serves every length
     partial_out, partial_lse = out, lse
-    if num_splits > 1:
+    if split:
         partial_out = q.new_empty(batch, num_heads, seqlen_q, num_splits, v_head_dim, dtype=torch.float32)
         partial_lse = q.new_empty(batch, num_heads, seqlen_q, num_splits, dtype=torch.float32)
-    scale_log2, softcap_log2 = scale_and_softcap(softmax_scale, softcap)
+    q, scale_log2, tanh_scale = score_scales(q, softmax_scale, softcap)
     with torch.cuda.device_of(q):
         _paged_decode_kernel[(num_splits, num_kv_heads * tiles_m, batch)](
             Q=q,
@@ -256,14 +257,14 @@ def paged_decode(
             max_seqlen_k=max_seqlen_k,
             num_splits=num_splits,
             scale_log2=scale_log2,
-            softcap_log2=softcap_log2,
+            tanh_scale=tanh_scale,
             window_left=window_left,
             window_right=window_right,
             SEQLEN_Q=seqlen_q,
             GROUP=group,
             HEAD_DIM=head_dim,
             V_HEAD_DIM=v_head_dim,
-            SPLIT=num_splits > 1,
+            SPLIT=split,
             HAS_LEFT=window_left >= 0,
             HAS_RIGHT=window_right >= 0,
             HAS_SOFTCAP=softcap > 0,
@@ -278,7 +279,7 @@ def paged_decode(
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
-        if num_splits > 1:
+        if split:
             _reduce_splits_kernel[(batch * num_heads * seqlen_q,)](
                 PartialOut=partial_out,
                 PartialLse=partial_lse,
@@ -290,8 +291,8 @@ def paged_decode(
                 SEQLEN_Q=seqlen_q,
                 V_HEAD_DIM=v_head_dim,
                 HAS_SINK=s_aux is not None,
-                BLOCK_S=16,
+                BLOCK_S=configs.reduce_block(most_splits),
                 BLOCK_DV=block_dv,
-                num_warps=4,
+                num_warps=configs.REDUCE_WARPS,
             )
     return out, lse

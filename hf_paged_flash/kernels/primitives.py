@@ -8,17 +8,15 @@ LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def scaled_scores(q, k, scale_log2, softcap_log2, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
-    """Scores in units of log2: `scale * q @ k^T * log2(e)`, or `softcap * tanh(scale * q @ k^T / softcap) * log2(e)`.
+def attention_scores(q, k, tanh_scale, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+    """Scores q @ k^T, or tanh(scale * q @ k^T / softcap), before the factor `scale_log2` of `online_softmax_update`.
 
-    q (M, D), k (N, D); `scale_log2` is scale * log2(e), with a softcap 2 * scale / softcap * log2(e).
+    q (M, D), k (N, D); `tanh_scale` is 2 * scale / softcap * log2(e).
     """
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if HAS_SOFTCAP:
         # tanh(x) = 1 - 2 / (1 + e^2x) saturates without overflow at both ends
-        s = softcap_log2 * (1.0 - 2.0 / (1.0 + tl.exp2(s * scale_log2)))
-    else:
-        s = s * scale_log2
+        s = 1.0 - 2.0 / (1.0 + tl.exp2(s * tanh_scale))
     return s
 
 
@@ -39,55 +37,65 @@ def visible_keys(
 
 
 @triton.jit
-def online_softmax_update(s, m_i, l_i, MASKED: tl.constexpr):
+def online_softmax_update(s, scale_log2, m_i, l_i, MASKED: tl.constexpr):
     """One step of the online softmax (Milakov & Gimelshein 2018; FlashAttention, algorithm 1), in base 2.
 
-    s (M, N) scores in log2 units, m_i (M,) running maximum, l_i (M,) running sum.
-    Returns p = 2^(s - m'), the factor 2^(m_i - m') by which earlier sums shrink, m' and l'.
+    s (M, N) scores, `scale_log2 * s` in units of log2 with scale_log2 > 0; m_i (M,) running maximum in units of log2,
+    l_i (M,) running sum. Returns p = 2^(scale_log2 * s - m'), the factor 2^(m_i - m') by which earlier sums shrink, m'
+    and l'.
     """
-    m_new = tl.maximum(m_i, tl.max(s, 1))
+    # scaling the maximum rather than every score leaves one multiply-add per score
+    m_new = tl.maximum(m_i, tl.max(s, 1) * scale_log2)
     if MASKED:
         # a row that has seen no key yet keeps m_i = -inf: subtract 0 instead, so that 2^-inf = 0 and never NaN
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
     else:
         m_safe = m_new
-    p = tl.exp2(s - m_safe[:, None])
+    p = tl.exp2(s * scale_log2 - m_safe[:, None])
     alpha = tl.exp2(m_i - m_safe)
     return p, alpha, m_new, l_i * alpha + tl.sum(p, 1)
 
 
 @triton.jit
+def tile_blocks(block_table_row, start_n, offs_n, seqlen_k, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr):
+    """Blocks of the keys `start_n ..`: one id where a tile lies within a block, else one a key (BLOCK_N,).
+
+    Token t of a row lies in block `block_table_row[t // PAGE_SIZE]` at offset `t % PAGE_SIZE`; tokens past `seqlen_k`
+    have no block and read as 0. Load a tile's ids one iteration ahead, so that its keys do not wait for them.
+    """
+    if PAGE_SIZE == 0:
+        blocks = 0
+    elif PAGE_SIZE % BLOCK_N == 0:
+        blocks = tl.load(block_table_row + start_n // PAGE_SIZE, mask=start_n < seqlen_k, other=0)
+    else:
+        tokens = start_n + offs_n
+        blocks = tl.load(block_table_row + tokens // PAGE_SIZE, mask=tokens < seqlen_k, other=0)
+    return blocks
+
+
+@triton.jit
 def tile_pointers(
     base,
-    block_table_row,
+    blocks,
     start_n,
     offs_n,
     offs_d,
-    seqlen_k,
     stride_block,
     stride_n,
     BLOCK_N: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
-    CHECK_N: tl.constexpr,
 ):
-    """Pointers (BLOCK_N, D) to keys or values `start_n ..`, contiguous (PAGE_SIZE 0) or through the block table.
+    """Pointers (BLOCK_N, D) to keys or values `start_n ..`, contiguous (PAGE_SIZE 0) or in `blocks` of `tile_blocks`.
 
-    Token t of a row lies in block `block_table_row[t // PAGE_SIZE]` at offset `t % PAGE_SIZE`. `start_n` is a multiple
-    of BLOCK_N. 64-bit wherever a pool can pass 2^31 elements. CHECK_N: tokens past `seqlen_k` have no block.
+    `start_n` is a multiple of BLOCK_N. 64-bit wherever a pool can pass 2^31 elements.
     """
     if PAGE_SIZE == 0:
         pointers = base + tl.cast(start_n, tl.int64) * stride_n + (offs_n[:, None] * stride_n + offs_d[None, :])
-    elif PAGE_SIZE >= BLOCK_N:
-        block = tl.load(block_table_row + start_n // PAGE_SIZE).to(tl.int64)
-        first = block * stride_block + tl.cast(start_n % PAGE_SIZE, tl.int64) * stride_n
+    elif PAGE_SIZE % BLOCK_N == 0:
+        first = blocks.to(tl.int64) * stride_block + tl.cast(start_n % PAGE_SIZE, tl.int64) * stride_n
         pointers = base + first + (offs_n[:, None] * stride_n + offs_d[None, :])
     else:
-        tokens = start_n + offs_n
-        if CHECK_N:
-            blocks = tl.load(block_table_row + tokens // PAGE_SIZE, mask=tokens < seqlen_k, other=0)
-        else:
-            blocks = tl.load(block_table_row + tokens // PAGE_SIZE)
-        rows = blocks.to(tl.int64) * stride_block + (tokens % PAGE_SIZE) * stride_n
+        rows = blocks.to(tl.int64) * stride_block + ((start_n + offs_n) % PAGE_SIZE) * stride_n
         pointers = base + rows[:, None] + offs_d[None, :]
     return pointers
 

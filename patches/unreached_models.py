@@ -1,0 +1,53 @@
+"""Models whose attention code is their own refuse "paged_flash" when they are loaded.
+
+Why: transformers takes any registered name for every model, though dozens of them (bloom, falcon, roformer, swin ...)
+never look at it. They would get our masks under their own attention: a KeyError, a NameError or a shape error in the
+first forward. There is no flag for them, so their source is asked, as `set_attn_implementation` does.
+"""
+
+import functools
+import inspect
+import re
+import sys
+
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from hf_paged_flash.errors import UnsupportedFeatureError
+from hf_paged_flash.patches.base import Patch
+
+logger = logging.get_logger(__name__)
+
+
+@functools.cache
+def _has_attention_of_its_own(model_class: type) -> bool:
+    """Whether the file of `model_class` defines attention layers and never asks transformers for an implementation."""
+    try:
+        source = inspect.getsource(sys.modules[model_class.__module__])
+    except (KeyError, OSError, TypeError):
+        return False  # typed in at a prompt: nothing to read
+    defines_attention = re.search(r"^class \w*Attention\w*\(nn\.Module\):", source, re.MULTILINE)
+    return defines_attention is not None and "ALL_ATTENTION_FUNCTIONS" not in source
+
+
+def _check_and_adjust(original, self, attn_implementation, *args, **kwargs):
+    if attn_implementation == "paged_flash" and _has_attention_of_its_own(type(self)):
+        message = (
+            f"{type(self).__name__} has attention code of its own, which transformers' AttentionInterface does not "
+            'reach: paged_flash can\'t run there. Load it with attn_implementation="eager", or name the parts of a '
+            'larger model that can run it: attn_implementation={"text_config": "paged_flash"}'
+        )
+        if self.config.get_text_config(decoder=True) is self.config:
+            raise UnsupportedFeatureError(message)
+        logger.warning_once(message)  # the text part of a composite model is a model of its own and checked too
+    return original(self, attn_implementation, *args, **kwargs)
+
+
+UNREACHED_MODELS = Patch(
+    owner=lambda: PreTrainedModel,
+    name="_check_and_adjust_attn_implementation",
+    parameters=("self", "attn_implementation", "is_init_check", "allow_all_kernels"),
+    wrapper=_check_and_adjust,
+    reason="models that the attention interface does not reach say so when they are loaded",
+    checked=("5.17.0", "5.23.0"),
+)

@@ -1,0 +1,181 @@
+"""Whole models on a CUDA GPU: as near to the exact logits as eager, no host sync in a decode step, memory given back.
+
+Nearly all the time goes into compiling kernels: `pytest -n 8 tests/integration/test_gpu.py` shares it out.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from hf_paged_flash import PagedCache, counters
+from tests.integration.models import DENSE, LENGTHS, attentive_config, new_tokens
+from tests.tiny_models import MODEL_TYPES, ragged_batch, tiny_model
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = "cuda"
+PROMPTS = (140, 75, 99, 38)
+DECODE_STEPS = 8
+# Columns before which the prefill's chunks end. Rows 1, 2 and 3 begin in the second, after it there is no padding: 3
+# columns are read as a decode step, 21 as a prefill of blocks.
+CHUNK_ENDS = (40, 116, 119, 140)
+# Every expert for every token: which two are chosen may hang on a last bit, in eager as in ours, and then changes all.
+# `batched_mm` is the one implementation of experts that never waits for the device.
+_EVERY_EXPERT = {"num_experts_per_tok": 4, "experts_implementation": "batched_mm"}
+_EXPERTS = ("gpt_oss", "deepseek_v3")
+# Logits have a spread of 1. Below this, which of two errors is larger says nothing: 4 units in fp32's last place.
+FLOOR = 4 * torch.finfo(torch.float32).eps
+
+
+def _model(model_type: str, attn_implementation: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The model on the GPU; one model type has the same weights, rounded to `dtype`, under both names."""
+    config = attentive_config(model_type, **(_EVERY_EXPERT if model_type in _EXPERTS else {}))
+    return tiny_model(config, attn_implementation, dtype=dtype).to(DEVICE)
+
+
+def _batch() -> dict[str, torch.Tensor]:
+    """Left-padded input_ids, attention_mask and position_ids, each (4, prompt + DECODE_STEPS).
+
+    What is decoded is given, so that no choice of a token can differ.
+    """
+    input_ids, mask = ragged_batch([length + DECODE_STEPS for length in PROMPTS], "left")
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return {
+        "input_ids": input_ids.to(DEVICE),
+        "attention_mask": mask.to(DEVICE),
+        "position_ids": positions.to(DEVICE),
+    }
+
+
+@torch.no_grad()
+def _in_one_forward(model: PreTrainedModel, cache_class: Callable) -> torch.Tensor:
+    batch = _batch()
+    return model(**batch, use_cache=False).logits[batch["attention_mask"].bool()]
+
+
+@torch.no_grad()
+def _through_a_cache(model: PreTrainedModel, cache_class: Callable) -> torch.Tensor:
+    """Prefill in chunks, then one column at a time."""
+    input_ids, mask, positions = _batch().values()
+    cache = cache_class(config=model.config)
+    ends = [*CHUNK_ENDS, *range(CHUNK_ENDS[-1] + 1, CHUNK_ENDS[-1] + DECODE_STEPS + 1)]
+    logits = [
+        model(
+            input_ids[:, start:end],
+            attention_mask=mask[:, :end],
+            position_ids=positions[:, start:end],
+            past_key_values=cache,
+        ).logits
+        for start, end in zip([0, *ends], ends, strict=False)
+    ]
+    return torch.cat(logits, 1)[mask.bool()]
+
+
+@torch.no_grad()
+def _exact(eager: PreTrainedModel) -> torch.Tensor:
+    """fp64 logits of the weights as `eager` holds them; eager's own fp32 steps (softmax, norms) stay in fp32.
+
+    Row by row: in a padded batch eager's mask, the lowest fp64, is -inf in that softmax, and a row of padding NaN.
+    """
+    input_ids, mask, _ = _batch().values()
+    eager = eager.double()
+    rows = [row[keep.bool()][None] for row, keep in zip(input_ids, mask, strict=True)]
+    return torch.cat([eager(row, use_cache=False).logits[0] for row in rows])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_error_against_fp64_is_within_twice_eagers(model_type, dtype):
+    eager, paged = (_model(model_type, name, dtype) for name in ("eager", "paged_flash"))
+    ways = (_in_one_forward, _through_a_cache)
+    eagers = [way(eager, DynamicCache) for way in ways]
+    exact = _exact(eager)
+    for way, eager_logits in zip(ways, eagers, strict=True):
+        error = (way(paged, PagedCache) - exact).abs()
+        budget = (eager_logits - exact).abs()
+        for measure in (torch.max, torch.mean):
+            assert measure(error) <= 2 * measure(budget) + FLOOR, f"{way.__name__}, {measure.__name__}"
+    _assert_kernels_ran(model_type)
+
+
+def _assert_kernels_ran(model_type: str) -> None:
+    ran = counters()
+    dense = model_type in DENSE
+    assert set(ran.kernel) == {"flash_forward", "store_kv"} | (set() if dense else {"paged_decode"})
+    assert ran.reference_total == 0
+    assert (ran.dense_gather_total > 0) == dense
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_fp32_tokens_equal_eagers(model_type):
+    eager, paged = (_model(model_type, name, torch.float32) for name in ("eager", "paged_flash"))
+    left, mask = (x.to(DEVICE) for x in ragged_batch(LENGTHS, "left"))
+    expected = new_tokens(eager, left, mask)
+    assert torch.equal(new_tokens(paged, left, mask), expected)
+    right, mask = (x.to(DEVICE) for x in ragged_batch(LENGTHS, "right"))
+    assert torch.equal(new_tokens(paged, right, mask), expected)
+    _assert_kernels_ran(model_type)
+
+
+@pytest.fixture
+def no_host_sync():
+    """A function that forbids torch to wait for the device; allowed again at the end of the test."""
+
+    def forbid() -> None:
+        torch.cuda.set_sync_debug_mode("error")
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            torch.ones(1, device=DEVICE).item()
+
+    yield forbid
+    torch.cuda.set_sync_debug_mode("default")
+
+
+# deepseek_v3 takes the dense way, which reads the lengths back
+@pytest.mark.parametrize("masked", [True, False], ids=["mask", "no mask"])
+@pytest.mark.parametrize("model_type", [name for name in MODEL_TYPES if name not in DENSE])
+@torch.no_grad()
+def test_decode_steps_never_wait_for_the_device(model_type, masked, no_host_sync):
+    model = _model(model_type, "paged_flash", torch.float32)
+    input_ids, mask, _ = _batch().values()
+    if not masked:
+        input_ids, mask = input_ids[:1], None
+    prompt, columns = CHUNK_ENDS[-1], input_ids.shape[1]
+    cache = PagedCache(model.config)
+    new = [input_ids[:, column : column + 1] for column in range(columns)]
+    masks = [None if mask is None else mask[:, : column + 1] for column in range(columns)]
+    model(input_ids[:, :prompt], attention_mask=masks[prompt - 1], past_key_values=cache)
+    model(new[prompt], attention_mask=masks[prompt], past_key_values=cache)  # compiles
+    blocks = cache.group.manager.num_blocks
+    no_host_sync()
+    for column in range(prompt + 1, columns):
+        logits = model(new[column], attention_mask=masks[column], past_key_values=cache).logits
+    torch.cuda.set_sync_debug_mode("default")
+    assert cache.group.manager.num_blocks > blocks, "no row went on to a new block: the steps that grow went untested"
+    whole = model(input_ids, attention_mask=mask, use_cache=False).logits
+    torch.testing.assert_close(logits[:, -1], whole[:, -1], rtol=0.0, atol=1e-4)
+
+
+@pytest.mark.parametrize("give_back", ["reset", "del"])
+@torch.no_grad()
+def test_memory_is_given_back(give_back):
+    model = _model("llama", "paged_flash", torch.bfloat16)
+    input_ids, mask = (x.to(DEVICE) for x in ragged_batch((400, 300, 400, 17), "left"))
+
+    def fill(cache: PagedCache) -> int:
+        new_tokens(model, input_ids, mask, past_key_values=cache, max_new_tokens=20)
+        return cache.memory().bytes_reserved
+
+    fill(PagedCache(model.config))  # what a first run leaves behind: workspaces, compiled kernels
+    before = torch.cuda.memory_allocated()
+    cache = PagedCache(model.config)
+    reserved = fill(cache)
+    assert torch.cuda.memory_allocated() - before >= reserved > 2**18
+    if give_back == "reset":
+        cache.reset()
+        assert cache.memory().bytes_reserved == 0
+    else:
+        del cache
+    # without a garbage collection; an empty cache may keep a few bytes a layer
+    assert torch.cuda.memory_allocated() - before <= 2**14
