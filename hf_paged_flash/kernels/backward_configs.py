@@ -1,31 +1,47 @@
-"""Tile tables of the backward kernels; see configs.py."""
+"""Tile tables of the backward kernels, as in configs.py: {largest padded head_dim: tile}.
+
+dK/dV keep BLOCK_N keys in registers and walk over queries, dQ the other way round. Two accumulators, S and dP at once
+fill the registers long before the shared memory: tests/kernels/test_compile.py holds every row against spills.
+"""
 
 import torch
 
 from .configs import Device, Tile
 
-# Backward: {largest padded head_dim: tiles}; dK/dV keep BLOCK_N keys and walk over queries, dQ the other way round
-_DKV_HOPPER = {
-    64: (Tile(64, 128, 8, 2),),
-    128: (Tile(64, 128, 8, 2),),
-    256: (Tile(32, 64, 8, 2),),
-}
-_DQ_HOPPER = {
-    64: (Tile(128, 128, 8, 2),),
-    128: (Tile(128, 128, 8, 1), Tile(128, 64, 8, 2)),
-    256: (Tile(128, 32, 8, 2),),
-}
+_Table = dict[int, Tile]
+
+_DKV_HOPPER = {64: Tile(64, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 2)}
+_DQ_HOPPER = {64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2)}
+_DKV_BLACKWELL = {64: Tile(32, 64, 8, 2), 128: Tile(32, 32, 8, 2), 256: Tile(16, 64, 8, 1)}
+_DQ_BLACKWELL = _DQ_HOPPER
+_DKV_AMPERE = {64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 1)}
+_DQ_AMPERE = {64: Tile(128, 64, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 1)}
+# no tensor cores: fp32 with IEEE products, and all dtypes before Ampere; operands fill the registers
+_DKV_FP32 = {64: Tile(32, 32, 8, 1), 128: Tile(16, 32, 8, 1), 256: Tile(16, 16, 8, 1)}
+_DQ_FP32 = {64: Tile(32, 32, 8, 1), 128: Tile(16, 32, 8, 1), 256: Tile(16, 16, 8, 1)}
+_INTERPRETER = {512: Tile(32, 32, 4, 1)}
+
+
+def _tables(dtype: torch.dtype, capability: int) -> tuple[_Table, _Table]:
+    """(dK/dV's, dQ's)."""
+    if capability == 0:
+        return _INTERPRETER, _INTERPRETER
+    if dtype == torch.float32 or capability < 80:
+        return _DKV_FP32, _DQ_FP32
+    if capability < 90 or capability >= 120:
+        return _DKV_AMPERE, _DQ_AMPERE
+    return (_DKV_HOPPER, _DQ_HOPPER) if capability < 100 else (_DKV_BLACKWELL, _DQ_BLACKWELL)
+
+
+def _row(table: _Table, block_d: int, block_dv: int) -> Tile:
+    return table[min(limit for limit in table if limit >= max(block_d, block_dv))]
 
 
 def dkv_tile(block_d: int, block_dv: int, dtype: torch.dtype, device: Device) -> Tile:
-    """The dK/dV kernel's tile."""
-    if device.capability == 0:
-        return Tile(32, 32, 4, 1)
-    return _DKV_HOPPER[min(limit for limit in _DKV_HOPPER if limit >= max(block_d, block_dv))][0]
+    """The dK/dV kernel's tile for padded head dims `block_d` (K) and `block_dv` (V)."""
+    return _row(_tables(dtype, device.capability)[0], block_d, block_dv)
 
 
 def dq_tile(block_d: int, block_dv: int, dtype: torch.dtype, device: Device) -> Tile:
-    """The dQ kernel's tile."""
-    if device.capability == 0:
-        return Tile(32, 32, 4, 1)
-    return _DQ_HOPPER[min(limit for limit in _DQ_HOPPER if limit >= max(block_d, block_dv))][0]
+    """The dQ kernel's tile for padded head dims `block_d` (K) and `block_dv` (V)."""
+    return _row(_tables(dtype, device.capability)[1], block_d, block_dv)

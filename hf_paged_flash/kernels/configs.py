@@ -55,12 +55,14 @@ _FORWARD_HOPPER = {
     64: (Tile(128, 128, 8, 2),),
     128: (Tile(128, 128, 8, 2),),
     256: (Tile(128, 64, 8, 2),),
+    512: (Tile(64, 32, 8, 2),),
 }
 _FORWARD_BLACKWELL = {**_FORWARD_HOPPER, 256: (Tile(128, 32, 8, 2),)}
 _FORWARD_AMPERE = {
     64: (Tile(128, 64, 4, 3),),
     128: (Tile(128, 32, 8, 3),),
     256: (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
+    512: (Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
 }
 _FORWARD_GEFORCE_BLACKWELL = {**_FORWARD_AMPERE, 64: (Tile(128, 64, 8, 3),)}
 # fp32 keeps IEEE products, and Triton has no tensor cores before Ampere (since 3.3): operands fill the registers
@@ -68,8 +70,9 @@ _FORWARD_NO_TENSOR_CORES = {
     64: (Tile(64, 32, 8, 1),),
     128: (Tile(32, 32, 8, 1),),
     256: (Tile(32, 16, 8, 1),),
+    512: (Tile(16, 16, 8, 1),),
 }
-_FORWARD_INTERPRETER = {256: (Tile(32, 32, 4, 1),)}
+_FORWARD_INTERPRETER = {512: (Tile(32, 32, 4, 1),)}
 
 
 def _shared_memory(tile: Tile, block_d: int, block_dv: int, element_size: int) -> int:

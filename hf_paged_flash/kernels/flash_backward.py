@@ -122,7 +122,6 @@ def _add_queries(
         q = load_tile(q_pointers, offs_m, offs_d, rest, HEAD_DIM, BLOCK_D, MASKED)
         # rows past the end read lse = +inf, so their P is 0
         lse_log2 = tl.load(lse_base + start_m + offs_m, mask=offs_m < rest, other=float("inf"))
-        delta = tl.load(delta_base + start_m + offs_m, mask=offs_m < rest, other=0.0)
         # S^T = K Q^T: P^T and dS^T come out as the left operands that dV and dK need
         s_t = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         s_t, slope = scores_and_slope(s_t, scale_log2, softcap_log2, HAS_SOFTCAP)
@@ -133,18 +132,20 @@ def _add_queries(
         )  # fmt: skip
         p_t = tl.exp2(s_t - lse_log2[None, :])
         if MASKED:
-            q_pos = start_m + offs_m + seqlen_k - seqlen_q
-            mask = visible_keys(q_pos, k_pos, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT)
-            p_t = tl.where(tl.trans(tl.broadcast_to(mask, (BLOCK_M, k.shape[0]))), p_t, 0.0)
+            # keys past the row's end touch their own dK and dV alone, which the kernel clears
+            reach = k_pos[:, None] - (queries + (seqlen_k - seqlen_q))
+            if HAS_RIGHT:
+                p_t = tl.where(reach <= window_right, p_t, 0.0)
+            if HAS_LEFT:
+                p_t = tl.where(reach >= -window_left, p_t, 0.0)
         do_pointers = do_base + start * stride_do_m + (offs_m[:, None] * stride_do_m + offs_dv[None, :])
         do = load_tile(do_pointers, offs_m, offs_dv, rest, V_HEAD_DIM, BLOCK_DV, MASKED)
-        dp_t = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        kept = 1.0
         if HAS_DROPOUT:
             kept = dropout_factors(seed, dropout_threshold, keep_scale, queries, k_pos[:, None], head, row)
-            dv = tl.dot((p_t * kept).to(do.dtype), do, dv, input_precision=PRECISION)
-            dp_t = dp_t * kept
-        else:
-            dv = tl.dot(p_t.to(do.dtype), do, dv, input_precision=PRECISION)
+        dv = tl.dot((p_t * kept).to(do.dtype), do, dv, input_precision=PRECISION)
+        dp_t = tl.dot(v, tl.trans(do), input_precision=PRECISION) * kept
+        delta = tl.load(delta_base + start_m + offs_m, mask=offs_m < rest, other=0.0)
         ds_t = p_t * (dp_t - delta[None, :]) * slope
         dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv

@@ -11,7 +11,7 @@ from hf_paged_flash.ops import dropout
 
 # Elements of one chunk's score matrix: 2 MiB in fp32, which a CPU core's cache holds.
 CHUNK_ELEMENTS = 1 << 19
-_MIN_CHUNK = 16
+MIN_CHUNK = 16
 
 
 class Scoring(NamedTuple):
@@ -63,7 +63,7 @@ def chunks(rows: Rows, scoring: Scoring, with_slope: bool = False) -> Iterator[C
     kv_heads, seqlen_k = rows.k.shape[1:3]
     left, right = scoring.window_left, scoring.window_right
     lowest, highest = min(rows.offsets), max(rows.offsets)
-    size = max(_MIN_CHUNK, CHUNK_ELEMENTS // max(1, len(rows.offsets) * heads * seqlen_k))
+    size = max(MIN_CHUNK, CHUNK_ELEMENTS // max(1, len(rows.offsets) * heads * seqlen_k))
     for start in range(0, seqlen_q, size):
         stop = min(start + size, seqlen_q)
         first = max(0, start + lowest - left) if left >= 0 else 0
