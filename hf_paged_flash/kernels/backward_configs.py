@@ -12,7 +12,7 @@ _Table = dict[int, Tile]
 
 _DKV_HOPPER = {64: Tile(64, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 2)}
 _DQ_HOPPER = {64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2)}
-_DKV_BLACKWELL = {64: Tile(32, 64, 8, 2), 128: Tile(32, 32, 8, 2), 256: Tile(16, 64, 8, 1)}
+_DKV_BLACKWELL = {64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 1)}
 _DQ_BLACKWELL = _DQ_HOPPER
 _DKV_AMPERE = {64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 1)}
 _DQ_AMPERE = {64: Tile(128, 64, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 1)}

@@ -14,7 +14,7 @@ from hf_paged_flash.errors import ArgumentError, BackendError, UnsupportedFeatur
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 KERNEL_BLOCK_SIZES = (16, 32, 64, 128, 256)
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
 MAX_BACKWARD_HEAD_DIM = 256
 
 

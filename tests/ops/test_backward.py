@@ -14,7 +14,7 @@ from hf_paged_flash.ops.reference import flash_forward as reference_forward
 from hf_paged_flash.ops.reference_backward import flash_backward as reference_backward
 from tests.ops.naive_gradients import FEATURES, Problem
 
-RAGGED = ((70, 70), (1, 1), (33, 95), (0, 5), (5, 0), (50, 20))
+RAGGED = ((37, 37), (1, 1), (33, 69), (0, 5), (5, 0), (36, 20))
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 2e-3}
 
 
@@ -100,6 +100,15 @@ def test_forward_has_the_features_that_backward_has(forward, features):
 def test_shapes(backward, heads, kv_heads, head_dim, v_head_dim, dtype):
     shape = dict(heads=heads, kv_heads=kv_heads, head_dim=head_dim, v_head_dim=v_head_dim, dtype=dtype)
     check(backward, Problem(((40, 40), (17, 55)), causal=True, **shape))
+
+
+@pytest.mark.parametrize("head_dim, v_head_dim", [(512, 512), (64, 320), (448, 64)], ids=str)
+def test_wide_heads_run_forward(forward, head_dim, v_head_dim):
+    problem = Problem(((17, 40),), heads=2, kv_heads=1, head_dim=head_dim, v_head_dim=v_head_dim, causal=True)
+    out, lse = problem.expected()[:2]
+    actual_out, actual_lse = forward(problem.q, problem.k, problem.v, **problem.arguments())
+    torch.testing.assert_close(actual_out.double(), out, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual_lse.double(), lse, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("features", [("causal",), ("window", "softcap"), ("bias", "dropout", "sinks", "dlse")])

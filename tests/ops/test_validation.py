@@ -124,10 +124,10 @@ def test_what_is_not_built_is_refused_by_name(function, options):
     "change, error, message",
     [
         (lambda x: x.double(), ArgumentError, r"`q` must be bfloat16, float16 or float32 .*'reference' takes it"),
-        (lambda x: x[..., :8], ArgumentError, r"`q` must have a head_dim from 16 to 256 in steps of 8 .* got 8"),
-        (lambda x: x.repeat_interleave(17, -1), ArgumentError, r"`q` must have a head_dim .* got 272"),
+        (lambda x: x[..., :8], ArgumentError, r"`q` must have a head_dim from 16 to 512 in steps of 8 .* got 8"),
+        (lambda x: x.repeat_interleave(33, -1), ArgumentError, r"`q` must have a head_dim .* got 528"),
     ],
-    ids=["fp64", "head_dim 8", "head_dim 272"],
+    ids=["fp64", "head_dim 8", "head_dim 528"],
 )
 def test_what_the_kernels_do_not_take_runs_on_the_reference_only(change, error, message):
     pytest.importorskip("triton")
@@ -135,6 +135,19 @@ def test_what_the_kernels_do_not_take_runs_on_the_reference_only(change, error, 
     backend.configure(backend="triton")
     with pytest.raises(error, match=message):
         func(change(Q), change(K), change(K))
+
+
+def test_a_head_dim_of_512_has_no_backward_kernel_and_says_so_early(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    wide = torch.zeros(1, 3, 2, 512)
+    func(wide, wide, wide.requires_grad_())
+    backend.configure(backend="triton")
+    for q, v in ((wide, wide), (wide[..., :64], wide)):
+        with pytest.raises(UnsupportedFeatureError, match="no backward kernel for a head_dim above 256"):
+            func(q, q, v)
+    with torch.no_grad():
+        func(wide, wide, wide)
 
 
 def test_block_sizes_of_the_kernels(monkeypatch):
