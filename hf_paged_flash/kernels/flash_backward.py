@@ -563,9 +563,13 @@ def flash_backward(
     """Launches the three kernels; arguments and results as in `hf_paged_flash.ops.reference.flash_backward`."""
     packed = cu_seqlens_q is not None
     packed_k = k.dim() == 3
-    dout, q, k, v, out = (last_dim_contiguous(x) for x in (dout, q, k, v, out))
     num_heads, head_dim = q.shape[-2:]
     num_kv_heads, v_head_dim = v.shape[-2:]
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_dv = max(16, triton.next_power_of_2(v_head_dim))
+    device = configs.device_of(q)
+    dtype, compute_dtype = q.dtype, backward_configs.compute_dtype(block_d, block_dv, q.dtype, device)
+    dout, q, k, v, out = (last_dim_contiguous(x.to(compute_dtype)) for x in (dout, q, k, v, out))
     batch = cu_seqlens_q.numel() - 1 if packed else q.shape[0]
     max_seqlen_q = max_seqlen_q if packed else q.shape[1]
     max_seqlen_k = max_seqlen_k if packed_k else k.shape[1]
@@ -579,9 +583,6 @@ def flash_backward(
     scale_log2, softcap_log2 = softmax_scale * LOG2_E.value, 0.0
     if softcap > 0:
         scale_log2, softcap_log2 = 2.0 * scale_log2 / softcap, softcap * LOG2_E.value
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    block_dv = max(16, triton.next_power_of_2(v_head_dim))
-    device = configs.device_of(q)
     lse_strides = {"stride_lse_b": 0 if packed else lse.stride(0), "stride_lse_h": lse.stride(-2)}
 
     def strides(name: str, x: torch.Tensor, sequence: str) -> dict[str, int]:
@@ -616,12 +617,14 @@ def flash_backward(
                 num_warps=tile.num_warps, num_stages=tile.num_stages,
             )  # fmt: skip
         if dk.numel():
-            tile = backward_configs.dkv_tile(block_d, block_dv, q.dtype, device)
+            modified = bias is not None or alibi_slopes is not None or dropout_p > 0.0
+            tile = backward_configs.dkv_tile(block_d, block_dv, q.dtype, device, modified)
             _dkv_kernel[(triton.cdiv(max_seqlen_k, tile.block_n), num_kv_heads, batch)](
                 **shared, DK=dk, DV=dv, **strides("dk", dk, "n"), **strides("dv", dv, "n"),
                 BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
             )  # fmt: skip
         dbias = bias_gradient(bias, batch, shared) if bias_needs_grad else None
+    dq, dk, dv = (x.to(dtype) for x in (dq, dk, dv))
     return dq, dk, dv, None if s_aux is None else _sink_gradient(s_aux, delta, lse_log2), dbias
 
 
