@@ -8,7 +8,7 @@ from torch import nn
 from .backend import use_kernels
 from .cache import PagedTensor
 from .errors import ArgumentError, UnsupportedFeatureError
-from .masks import as_matrix
+from .masks import as_matrix, masks_nothing, window_of
 from .ops import library
 from .ops.dropout import draw_seed
 from .ops.flash_attn import MAX_DECODE_QUERIES
@@ -61,11 +61,11 @@ def paged_flash_attention_forward(
         module: the attention layer.
         query: (B, Hq, Sq, D).
         key, value: (B, Hkv, Sk, D | Dv), or what `PagedCache.update()` returned.
-        attention_mask: what `masks.paged_flash_mask` returned, or a mask of the user's own (B | 1, Hq | 1, Sq, Sk), bool
-            (True = visible) or added to the scores. A 4-D mask says all: no causal mask or window is put on top.
+        attention_mask: what `masks.paged_flash_mask` returned, or a mask of the user's own (B | 1, Hq | 1, Sq, Sk),
+            bool (True = visible) or added to the scores. A 4-D mask says all: no causal mask or window is put on top of it.
         dropout: share of the probabilities dropped while the module trains.
         scaling: softmax scale; None = 1 / sqrt(D).
-        sliding_window: keys a query sees, itself included; both ways for a bidirectional layer.
+        sliding_window: keys a query sees, itself included, where `attention_mask` does not say it.
         softcap: scores become softcap * tanh(score / softcap).
         is_causal: None = the module's own `is_causal`.
         s_aux: (Hq,), attention sinks.
@@ -83,11 +83,12 @@ def paged_flash_attention_forward(
     dtype = _target_dtype(query, key, value)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     window = -1 if sliding_window is None else sliding_window - 1
+    window_left, window_right = window_of(attention_mask) or (window, window)
     options = _Options(
         softmax_scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
         causal=bool(causal),
-        window_left=window,
-        window_right=0 if causal else window,
+        window_left=window_left,
+        window_right=0 if causal else window_right,
         softcap=softcap or 0.0,
         s_aux=s_aux,
         dropout_p=float(dropout) if module.training else 0.0,
@@ -113,7 +114,7 @@ def paged_flash_attention_forward(
     packs = not (is_matrix or torch.compiler.is_compiling())
     if cu_seq_lens_q is not None and position_bias is None:
         out = _packed(query, key, value, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, options)
-    elif attention_mask is None and position_bias is None:
+    elif masks_nothing(attention_mask) and position_bias is None:
         out = _dense(query, key, value, options)
     elif position_bias is not None or not packs:
         out = _biased(query, key, value, attention_mask, position_bias, options)
@@ -182,6 +183,7 @@ def _dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options:
 
 def _biased(query, key, value, mask, position_bias, options: _Options) -> torch.Tensor:
     """Dense keys under a bias, or a mask that lengths can't say: a matrix (B | 1, Hq | 1, Sq | 1, Sk)."""
+    mask = None if masks_nothing(mask) else mask
     if mask is not None and mask.dim() == 4:
         options = replace(options, causal=False, window_left=-1, window_right=-1)
     columns = key.shape[2] if mask is None or mask.dim() == 4 else mask.shape[1]
@@ -195,11 +197,12 @@ def _biased(query, key, value, mask, position_bias, options: _Options) -> torch.
             bias = position_bias.masked_fill(~bias, float("-inf"))
         else:
             bias = position_bias + bias
-    for axis, (size, name) in enumerate(zip((*query.shape[:3], key.shape[2]), ("batch", "heads", "Sq", "Sk"), strict=True)):
-        if bias.shape[axis] not in (1, size):
-            raise ArgumentError(
-                f"`attention_mask` must have shape (batch | 1, heads | 1, Sq, Sk) with {name} {size}, got {tuple(bias.shape)}"
-            )
+    sizes = (*query.shape[:3], key.shape[2])
+    if any(got not in (1, size) for got, size in zip(bias.shape, sizes, strict=True)):
+        raise ArgumentError(
+            f"`attention_mask` must have shape {sizes}, 1 where all are alike, got {tuple(bias.shape)}: "
+            "(batch, heads, queries, keys)"
+        )
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     return _forward(query, key, value, options, bias=bias, max_seqlen_q=query.shape[1], max_seqlen_k=key.shape[1])
 

@@ -8,7 +8,6 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from .attention import paged_flash_attention_forward
 from .errors import IncompatibleTransformersError
 from .masks import paged_flash_mask
-from .versions import check_transformers
 
 ATTENTION_NAME = "paged_flash"
 
@@ -21,13 +20,18 @@ def register() -> None:
     `import hf_paged_flash` calls it.
 
     Raises:
-        IncompatibleTransformersError: transformers is too old, or differs where a patch must fit; nothing is changed.
+        IncompatibleTransformersError: transformers differs where a patch must fit; nothing is changed.
     """
-    check_transformers()
     try:
         # imported here: `hf_paged_flash.patches` imports what this package exports
         from hf_paged_flash.patches import ALL_PATCHES
     except ImportError as error:
+        if (error.name or "").startswith("hf_paged_flash"):
+            raise ImportError(
+                f"{error.name} is not installed: Python found a checkout's folder before any installed package. Run "
+                "`pip install -e .` in the checkout, or start Python elsewhere",
+                name=error.name,
+            ) from error
         raise IncompatibleTransformersError(
             f"transformers {transformers.__version__} does not fit this version of hf_paged_flash: {error}"
         ) from error

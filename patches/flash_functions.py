@@ -9,16 +9,6 @@ from transformers import modeling_flash_attention_utils as flash_utils
 
 from hf_paged_flash.patches.base import Patch
 
-_LOOKED_UP = (
-    "_loaded_implementation",
-    "_flash_fn",
-    "_flash_varlen_fn",
-    "_flash_with_kvcache_fn",
-    "_pad_fn",
-    "_unpad_fn",
-    "_process_flash_kwargs_fn",
-)
-
 
 def _lazy_imports(original, implementation, *args, **kwargs):
     if implementation is None or implementation.split("|")[-1] != "paged_flash":
@@ -37,8 +27,9 @@ def _lazy_imports(original, implementation, *args, **kwargs):
 def _forget() -> None:
     # transformers keeps the last implementation it looked up: a later "paged_flash" must be looked up again, and fail
     if (flash_utils._loaded_implementation or "").split("|")[-1] == "paged_flash":
-        for name in _LOOKED_UP:
-            setattr(flash_utils, name, None)
+        flash_utils._loaded_implementation = None
+        for name in [name for name in vars(flash_utils) if name.endswith("_fn")]:
+            setattr(flash_utils, name, None)  # what was looked up, and what was derived from it
 
 
 FLASH_FUNCTIONS = Patch(

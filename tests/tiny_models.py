@@ -1,5 +1,6 @@
 """Tiny random models, one a feature of attention: what a test of a whole model needs, built in milliseconds."""
 
+import copy
 from collections.abc import Sequence
 from typing import Literal
 
@@ -76,6 +77,7 @@ def tiny_model(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        config = copy.deepcopy(config)  # a model writes the implementation into its config
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation, dtype=dtype)
     randomize(model, seed)
     return model.eval()

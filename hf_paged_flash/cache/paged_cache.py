@@ -109,8 +109,8 @@ class PagedCache(Cache):
         for idx, (kind, kwargs) in enumerate(zip(layer_types, layer_kwargs, strict=True)):
             if paged[idx]:
                 layers.append(PagedLayer(idx, self.group, is_sliding=kind != "full_attention", dtype=dtype))
-            elif DYNAMIC_LAYER_TYPE_MAPPING.get(kind) is LinearAttentionLayer:
-                layers.append(LinearAttentionLayer(**kwargs))
+            elif kind == "dummy" or DYNAMIC_LAYER_TYPE_MAPPING.get(kind) is LinearAttentionLayer:
+                layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs))  # a dummy reads another layer's keys
             else:
                 raise UnsupportedFeatureError(
                     f"layer {idx} of {type(config).__name__} is of type `{kind}`, whose state PagedCache can't page: "

@@ -129,12 +129,13 @@ class PagedTensor(torch.Tensor):
         if func is torch.Tensor.__repr__:
             self = args[0]
             return f"PagedTensor({self.kind}, size={tuple(self.size())}, dtype={self.dtype}, device='{self.device}')"
-        if name in _WRITES or (name.endswith("_") and not name.endswith("__")):
-            if isinstance(args[0], PagedTensor):
-                raise UnsupportedFeatureError(
-                    f"`{name}` would write to paged {args[0].kind}s in place, which only the cache may: work on a "
-                    "`.clone()`, or use DynamicCache with this model"
-                )
+        writes = name in _WRITES or (name.endswith("_") and not name.endswith("__"))
+        target = args[0] if writes else kwargs.get("out")
+        if isinstance(target, PagedTensor):
+            raise UnsupportedFeatureError(
+                f"`{name}` would write to paged {target.kind}s in place, which only the cache may: work on a "
+                "`.clone()`, or use DynamicCache with this model"
+            )
         gathered: dict[int, torch.Tensor] = {}
 
         def unwrap(value):

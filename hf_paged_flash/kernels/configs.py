@@ -22,15 +22,16 @@ class Tile:
 
 @dataclass(frozen=True)
 class Device:
-    """What the choice depends on: compute capability (90 for 9.0), shared memory a block may use, SM count."""
+    """What the choice depends on: compute capability (90 for 9.0), shared memory of a block, SM count, L2 bytes."""
 
     capability: int
     shared_memory: int
     num_sms: int
+    l2_cache: int = 1 << 25
 
 
-# A CPU under Triton's interpreter: small tiles, so that tests reach the loops' edges with short sequences.
-INTERPRETER = Device(capability=0, shared_memory=1 << 30, num_sms=4)
+# A CPU under Triton's interpreter: small tiles and cache, so that tests reach every loop's edges with short sequences.
+INTERPRETER = Device(capability=0, shared_memory=1 << 30, num_sms=4, l2_cache=1 << 14)
 
 
 @lru_cache
@@ -39,7 +40,8 @@ def _cuda_device(index: int) -> Device:
 
     properties = driver.active.utils.get_device_properties(index)
     major, minor = torch.cuda.get_device_capability(index)
-    return Device(major * 10 + minor, properties["max_shared_mem"], properties["multiprocessor_count"])
+    l2_cache = torch.cuda.get_device_properties(index).L2_cache_size
+    return Device(major * 10 + minor, properties["max_shared_mem"], properties["multiprocessor_count"], l2_cache)
 
 
 def device_of(tensor: torch.Tensor) -> Device:
@@ -50,14 +52,22 @@ def device_of(tensor: torch.Tensor) -> Device:
     return _cuda_device(torch.cuda.current_device() if index is None else index)
 
 
-# {largest padded head_dim: tiles}; tests/kernels/test_compile.py holds each against registers and shared memory
+# {largest padded head_dim: tiles}; tests/kernels/test_compile.py holds each against registers and shared memory.
+# Hopper, measured: two or three blocks on an SM, so that one's softmax runs while another multiplies
 _FORWARD_HOPPER = {
-    64: (Tile(128, 128, 8, 2),),
-    128: (Tile(128, 128, 8, 2),),
+    64: (Tile(64, 128, 4, 2),),
+    128: (Tile(64, 64, 4, 3),),
     256: (Tile(128, 64, 8, 2),),
     512: (Tile(64, 16, 8, 2),),
 }
-_FORWARD_BLACKWELL = {**_FORWARD_HOPPER, 256: (Tile(128, 32, 8, 2),)}
+# an address for every key costs a warp more than the overlap brings, so that many warps share it
+_FORWARD_HOPPER_SMALL_PAGES = {**_FORWARD_HOPPER, 128: (Tile(128, 128, 8, 2),)}
+_FORWARD_BLACKWELL = {
+    64: (Tile(128, 128, 8, 2),),
+    128: (Tile(128, 128, 8, 2),),
+    256: (Tile(128, 32, 8, 2),),
+    512: (Tile(64, 16, 8, 2),),
+}
 _FORWARD_AMPERE = {
     64: (Tile(128, 64, 4, 3),),
     128: (Tile(128, 32, 8, 3),),
@@ -80,7 +90,7 @@ def _shared_memory(tile: Tile, block_d: int, block_dv: int, element_size: int) -
     return element_size * (tile.block_m * block_d + tile.num_stages * tile.block_n * (block_d + block_dv))
 
 
-def _forward_table(dtype: torch.dtype, capability: int) -> dict[int, tuple[Tile, ...]]:
+def _forward_table(dtype: torch.dtype, capability: int, page_size: int) -> dict[int, tuple[Tile, ...]]:
     if capability == 0:
         return _FORWARD_INTERPRETER
     if dtype == torch.float32 or capability < 80:
@@ -88,13 +98,13 @@ def _forward_table(dtype: torch.dtype, capability: int) -> dict[int, tuple[Tile,
     if capability < 90:
         return _FORWARD_AMPERE
     if capability < 100:
-        return _FORWARD_HOPPER
+        return _FORWARD_HOPPER_SMALL_PAGES if 0 < page_size < 64 else _FORWARD_HOPPER
     return _FORWARD_BLACKWELL if capability < 120 else _FORWARD_GEFORCE_BLACKWELL
 
 
-def forward_tile(block_d: int, block_dv: int, dtype: torch.dtype, device: Device) -> Tile:
-    """The forward kernel's tile for padded head dims `block_d` (K) and `block_dv` (V)."""
-    table = _forward_table(dtype, device.capability)
+def forward_tile(block_d: int, block_dv: int, page_size: int, dtype: torch.dtype, device: Device) -> Tile:
+    """The forward kernel's tile for padded head dims `block_d` (K) and `block_dv` (V); `page_size` 0 = not paged."""
+    table = _forward_table(dtype, device.capability, page_size)
     widest = max(block_d, block_dv)
     candidates = table[min(limit for limit in table if limit >= widest)]
     for tile in candidates:
@@ -104,8 +114,19 @@ def forward_tile(block_d: int, block_dv: int, dtype: torch.dtype, device: Device
 
 
 def has_descriptors(dtype: torch.dtype, device: Device) -> bool:
-    """Whether tiles of K and V are loaded by the copy engine (TMA, from Hopper on); fp32 tiles are small and are not."""
+    """Whether tiles of K and V are loaded by the copy engine (TMA, from Hopper on); small fp32 tiles are not."""
     return device.capability >= 90 and dtype.itemsize == 2
+
+
+def head_sections(num_kv_heads: int, kv_bytes: int, device: Device) -> int:
+    """Into how many sections, one after another, a row's heads are cut: K and V of each fit half the L2 cache.
+
+    `kv_bytes` is what one KV head's keys and values take.
+    """
+    sections = 1
+    while num_kv_heads % (2 * sections) == 0 and num_kv_heads // sections * kv_bytes > device.l2_cache // 2:
+        sections *= 2
+    return sections
 
 
 def decode_tile(block_d: int, block_dv: int, rows: int, dtype: torch.dtype, device: Device) -> Tile:
@@ -117,7 +138,7 @@ def decode_tile(block_d: int, block_dv: int, rows: int, dtype: torch.dtype, devi
     if dtype == torch.float32 or device.capability < 80:
         block_m = min(block_m, 32)
         block_m = block_m if widest <= 256 else 16
-        return Tile(block_m, 32, 4, 1) if widest <= 64 else Tile(block_m, 16, block_m // 4, 1)
+        return Tile(block_m, 32, 4, 1) if widest <= 64 else Tile(block_m, 16, 8, 1)
     block_n = 64 if widest <= 128 else 32 if widest <= 256 else 16
     num_warps = 8 if (block_m == 64 and widest > 128) or widest > 256 else 4
     for num_stages in (3, 2, 1):
@@ -127,14 +148,27 @@ def decode_tile(block_d: int, block_dv: int, rows: int, dtype: torch.dtype, devi
     return Tile(16, 16, 4, 1)
 
 
-def decode_splits(num_programs: int, device: Device) -> int:
-    """How many programs share one row's keys, from sizes known without asking the device; `num_programs` without splits."""
-    return max(1, min(-(-4 * device.num_sms // num_programs), 128))
+def decode_splits(batch: int, num_programs: int, device: Device) -> tuple[int, int]:
+    """How many programs share the keys of a row of average length, and at most those of a longer one.
+
+    From sizes known without asking the device; `num_programs` a row, without splits. Shared memory lets 3 programs run
+    at once on an SM, 2 keep the memory busy.
+    """
+    programs, at_once = batch * num_programs, 3 * device.num_sms
+    if programs <= at_once:
+        splits = max(1, min(128, round(2 * device.num_sms / programs)))
+        return splits, min(128, splits * min(batch, 4))
+
+    def cost(splits):  # of a last round that is not full and of the reduction, fitted to times on an H200
+        full, rest = divmod(programs * splits, at_once)
+        rounds = full + (0.35 + 0.65 * rest / at_once if rest else 0)
+        return rounds * at_once / (programs * splits) + 0.01 * splits + 0.03 * (splits > 1)
+
+    splits = min(range(1, 5), key=cost)
+    return splits, splits if splits == 1 else 2 * splits
 
 
-REDUCE_WARPS = 8
-
-
-def reduce_block(splits: int) -> int:
-    """How many splits' partial results the reduce kernel reads at once."""
-    return max(16, min(128, 1 << (splits - 1).bit_length()))
+def reduce_tile(splits: int, block_dv: int) -> tuple[int, int]:
+    """How many splits' partial results the reduce kernel reads at once, and its warps."""
+    block_s = max(16, min(16384 // block_dv, 1 << (splits - 1).bit_length()))
+    return block_s, 2 if block_s * block_dv <= 2048 else 4

@@ -62,7 +62,8 @@ def _attend(
     BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
+    K_DESCRIPTOR: tl.constexpr,
+    V_DESCRIPTOR: tl.constexpr,
     MASKED: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
@@ -80,7 +81,7 @@ def _attend(
     for start_n in range(first, last, BLOCK_N):
         rest = seqlen_k - start_n
         next_blocks = tile_blocks(block_table_row, start_n + BLOCK_N, offs_n, seqlen_k, BLOCK_N, PAGE_SIZE)
-        if DESCRIPTORS:
+        if K_DESCRIPTOR:
             k = k_descriptor.load([descriptor_row, descriptor_n + start_n, head_k, 0]).reshape(BLOCK_N, BLOCK_D)
         else:
             k_pointers = tile_pointers(
@@ -103,7 +104,7 @@ def _attend(
         if HAS_DROPOUT:
             p *= dropout_factors(seed, dropout_threshold, keep_scale, queries, keys, head, row)
         acc = acc * alpha[:, None]
-        if DESCRIPTORS:
+        if V_DESCRIPTOR:
             v = v_descriptor.load([descriptor_row, descriptor_n + start_n, head_k, 0]).reshape(BLOCK_N, BLOCK_DV)
         else:
             v_pointers = tile_pointers(
@@ -118,7 +119,8 @@ def _attend(
 # lengths must not compile anew when they turn into multiples of 16
 @triton.jit(
     do_not_specialize=[
-        "stride_lse_b", "stride_lse_h", "stride_table", "max_seqlen_q", "max_seqlen_k", "window_left", "window_right"
+        "stride_lse_b", "stride_lse_h", "stride_table", "num_sections", "max_seqlen_q", "max_seqlen_k", "window_left",
+        "window_right",
     ]
 )  # fmt: skip
 def _flash_forward_kernel(
@@ -152,6 +154,7 @@ def _flash_forward_kernel(
     stride_lse_b,
     stride_lse_h,
     stride_table,
+    num_sections,
     stride_bias_b,
     stride_bias_h,
     stride_bias_m,
@@ -191,13 +194,14 @@ def _flash_forward_kernel(
 
     FlashAttention-2 (Dao 2023), algorithm 1: m and l are rescaled tile by tile, nothing of size Sq x Sk is stored.
     Q (B, Sq, Hq, D) or packed (Tq, Hq, D); K, V (B, Sk, Hkv, D | Dv), packed, or blocks (num_blocks, PAGE_SIZE, Hkv,
-    D | Dv); Out as Q; Lse fp32 (B, Hq, Sq) or (Hq, Tq). Query i stands at key position i + Sk - Sq. Grid (Hq, tiles of
-    max_seqlen_q, B): heads of one KV group run side by side and share K/V in L2; the longest rows of a causal mask
-    start first. Keys are visited in up to three runs, so that only tiles cut by a mask's edge pay for masking.
+    D | Dv); Out as Q; Lse fp32 (B, Hq, Sq) or (Hq, Tq). Query i stands at key position i + Sk - Sq. Grid
+    (Hq / num_sections, tiles of max_seqlen_q, B * num_sections): the heads of a section run side by side and share K/V
+    in L2; the longest rows of a causal mask start first. Keys are visited in up to three runs, so that only tiles cut
+    by a mask's edge pay for masking.
     """
-    head = tl.program_id(0)
+    head = tl.program_id(2) % num_sections * tl.num_programs(0) + tl.program_id(0)
     tile_m = tl.num_programs(1) - 1 - tl.program_id(1)
-    row = tl.program_id(2).to(tl.int64)
+    row = (tl.program_id(2) // num_sections).to(tl.int64)
     head_k = (head // GROUP).to(tl.int64)
 
     if PACKED_Q:
@@ -240,7 +244,8 @@ def _flash_forward_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     row_mask = offs_m < seqlen_q
-    q_pointers = Q + q_row + head.to(tl.int64) * stride_q_h + offs_m.to(tl.int64)[:, None] * stride_q_m + offs_d[None, :]
+    q_base = Q + q_row + head.to(tl.int64) * stride_q_h
+    q_pointers = q_base + offs_m.to(tl.int64)[:, None] * stride_q_m + offs_d[None, :]
     q = tl.load(q_pointers, mask=row_mask[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
 
     shift = seqlen_k - seqlen_q
@@ -259,8 +264,8 @@ def _flash_forward_kernel(
     if PACKED_K:
         descriptor_row = 0
         descriptor_n = first_k.to(tl.int32)
-    # past a row's keys a descriptor reads the next row's, or keys that were never written: 0 * NaN is NaN
-    DESCRIPTORS_AT_END: tl.constexpr = DESCRIPTORS and not PACKED_K and not HAS_SEQUSED
+    # past a row's values a descriptor reads the next row's, or some that were never written, and 0 * NaN is NaN
+    V_DESCRIPTOR_AT_END: tl.constexpr = DESCRIPTORS and not PACKED_K and not HAS_SEQUSED
     q_pos = offs_m + shift
     row32 = row.to(tl.int32)
     bias_base = Bias + row * stride_bias_b + head.to(tl.int64) * stride_bias_h if BIAS > 0 else Q
@@ -270,36 +275,40 @@ def _flash_forward_kernel(
         acc, m_i, l_i = _attend(
             acc, m_i, l_i, q, k_base, v_base, KDescriptor, VDescriptor, descriptor_row, descriptor_n, head // GROUP,
             block_table_row, begin, full_begin, q_pos, seqlen_k, window_left, window_right, scale_log2, tanh_scale,
-            stride_k_b, stride_k_n, stride_v_b, stride_v_n, seqlen_q, bias_base, stride_bias_m, stride_bias_n, alibi_slope,
-            seed, dropout_threshold, keep_scale, head, row32, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, PAGE_SIZE,
-            DESCRIPTORS_AT_END, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,
+            stride_k_b, stride_k_n, stride_v_b, stride_v_n, seqlen_q, bias_base, stride_bias_m, stride_bias_n,
+            alibi_slope, seed, dropout_threshold, keep_scale, head, row32, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
+            PAGE_SIZE, DESCRIPTORS, V_DESCRIPTOR_AT_END, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+            BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
     acc, m_i, l_i = _attend(
         acc, m_i, l_i, q, k_base, v_base, KDescriptor, VDescriptor, descriptor_row, descriptor_n, head // GROUP,
         block_table_row, full_begin, full_end, q_pos, seqlen_k, window_left, window_right, scale_log2, tanh_scale,
-        stride_k_b, stride_k_n, stride_v_b, stride_v_n, seqlen_q, bias_base, stride_bias_m, stride_bias_n, alibi_slope,
-        seed, dropout_threshold, keep_scale, head, row32, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, PAGE_SIZE,
-        DESCRIPTORS, False, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,
+        stride_k_b, stride_k_n, stride_v_b, stride_v_n, seqlen_q, bias_base, stride_bias_m, stride_bias_n,
+        alibi_slope, seed, dropout_threshold, keep_scale, head, row32, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
+        PAGE_SIZE, DESCRIPTORS, DESCRIPTORS, False, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+        BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,
     )  # fmt: skip
     acc, m_i, l_i = _attend(
         acc, m_i, l_i, q, k_base, v_base, KDescriptor, VDescriptor, descriptor_row, descriptor_n, head // GROUP,
         block_table_row, full_end, end, q_pos, seqlen_k, window_left, window_right, scale_log2, tanh_scale,
-        stride_k_b, stride_k_n, stride_v_b, stride_v_n, seqlen_q, bias_base, stride_bias_m, stride_bias_n, alibi_slope,
-        seed, dropout_threshold, keep_scale, head, row32, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, PAGE_SIZE,
-        DESCRIPTORS_AT_END, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,
+        stride_k_b, stride_k_n, stride_v_b, stride_v_n, seqlen_q, bias_base, stride_bias_m, stride_bias_n,
+        alibi_slope, seed, dropout_threshold, keep_scale, head, row32, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
+        PAGE_SIZE, DESCRIPTORS, V_DESCRIPTOR_AT_END, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+        BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,
     )  # fmt: skip
 
     sink = m_i
     if HAS_SINK:
         sink = tl.full([BLOCK_M], 0.0, tl.float32) + tl.load(sinks + head).to(tl.float32) * LOG2_E
     out, lse = finish_softmax(acc, m_i, l_i, sink, HAS_SINK)
-    o_pointers = Out + o_row + head.to(tl.int64) * stride_o_h + offs_m.to(tl.int64)[:, None] * stride_o_m + offs_dv[None, :]
+    o_base = Out + o_row + head.to(tl.int64) * stride_o_h
+    o_pointers = o_base + offs_m.to(tl.int64)[:, None] * stride_o_m + offs_dv[None, :]
     tl.store(o_pointers, out.to(Out.dtype.element_ty), mask=row_mask[:, None] & (offs_dv < V_HEAD_DIM)[None, :])
     tl.store(Lse + lse_row + head.to(tl.int64) * stride_lse_h + offs_m, lse, mask=row_mask)
 
 
 def score_scales(q: torch.Tensor, softmax_scale: float, softcap: float) -> tuple[torch.Tensor, float, float]:
-    """The queries, `scale_log2` > 0 and `tanh_scale`: the factors of `online_softmax_update` and `attention_scores`."""
+    """The queries, `scale_log2` > 0 of `online_softmax_update` and `tanh_scale` of `attention_scores`."""
     if softcap > 0:
         return q, softcap * LOG2_E.value, 2.0 * LOG2_E.value * softmax_scale / softcap
     if softmax_scale > 0:
@@ -376,10 +385,13 @@ def flash_forward(
 
     block_d = max(16, triton.next_power_of_2(head_dim))
     block_dv = max(16, triton.next_power_of_2(v_head_dim))
+    page_size = 0 if block_table is None else k.shape[1]
     device = configs.device_of(q)
-    tile = configs.forward_tile(block_d, block_dv, q.dtype, device)
+    tile = configs.forward_tile(block_d, block_dv, page_size, q.dtype, device)
     q, scale_log2, tanh_scale = score_scales(q, softmax_scale, softcap)
-    grid = (num_heads, triton.cdiv(max_seqlen_q, tile.block_m), batch)
+    kv_bytes = max_seqlen_k * (head_dim + v_head_dim) * k.element_size()
+    sections = configs.head_sections(num_kv_heads, kv_bytes, device)
+    grid = (num_heads // sections, triton.cdiv(max_seqlen_q, tile.block_m), batch * sections)
     k_descriptor = v_descriptor = None
     if block_table is None and configs.has_descriptors(q.dtype, device):
         k_descriptor = _descriptor(k, tile.block_n, block_d)
@@ -413,6 +425,7 @@ def flash_forward(
             stride_lse_b=lse_strides[0],
             stride_lse_h=lse_strides[1],
             stride_table=0 if block_table is None else block_table.stride(0),
+            num_sections=sections,
             max_seqlen_q=max_seqlen_q,
             max_seqlen_k=max_seqlen_k,
             scale_log2=scale_log2,
@@ -431,7 +444,7 @@ def flash_forward(
             HAS_SOFTCAP=softcap > 0,
             HAS_SINK=s_aux is not None,
             PRECISION=dot_precision(q.dtype),
-            PAGE_SIZE=0 if block_table is None else k.shape[1],
+            PAGE_SIZE=page_size,
             DESCRIPTORS=k_descriptor is not None and v_descriptor is not None,
             BLOCK_D=block_d,
             BLOCK_DV=block_dv,

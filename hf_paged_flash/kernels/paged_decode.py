@@ -19,7 +19,7 @@ from .primitives import (
 
 
 # lengths must not compile anew when they turn into multiples of 16
-@triton.jit(do_not_specialize=["stride_table", "max_seqlen_k", "num_splits", "window_left", "window_right"])
+@triton.jit(do_not_specialize=["stride_table", "max_seqlen_k", "splits", "window_left", "window_right"])
 def _paged_decode_kernel(
     Q,
     K,
@@ -41,7 +41,7 @@ def _paged_decode_kernel(
     stride_table,
     num_heads,
     max_seqlen_k,
-    num_splits,
+    splits,
     scale_log2,
     tanh_scale,
     window_left,
@@ -51,6 +51,7 @@ def _paged_decode_kernel(
     HEAD_DIM: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
     SPLIT: tl.constexpr,
+    BALANCE: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -65,16 +66,17 @@ def _paged_decode_kernel(
 ):
     """Split `s` of row b and KV head h: O_s = softmax(S_s) V_s and lse_s over its share of the keys.
 
-    Flash-decoding (Dao, Haziza, Massa, Sizov 2023). A KV head's GROUP query heads times SEQLEN_Q tokens are the rows of
-    one tile, so that K and V are read once. Q (B, SEQLEN_Q, Hq, D); K, V blocks (num_blocks, PAGE_SIZE, Hkv, D | Dv)
-    or dense (B, Smax, Hkv, ·) with PAGE_SIZE 0. Grid (num_splits, Hkv * TILES_M, B), whatever the lengths: they are
-    read on the device, an empty split writes lse -inf. With one split Out (B, SEQLEN_Q, Hq, Dv) and Lse
+    Flash-decoding (Dao, Haziza, Massa, Sizov 2023). A KV head's GROUP query heads times SEQLEN_Q tokens are the rows
+    of one tile, so that K and V are read once. Q (B, SEQLEN_Q, Hq, D); K, V blocks (num_blocks, PAGE_SIZE, Hkv,
+    D | Dv) or dense (B, Smax, Hkv, ·) with PAGE_SIZE 0. Grid (Hkv * TILES_M, B, num_splits), whatever the lengths:
+    they are read on the device, an empty split writes lse -inf. With one split Out (B, SEQLEN_Q, Hq, Dv) and Lse
     (B, Hq, SEQLEN_Q) are final, else fp32 partials (B, Hq, SEQLEN_Q, num_splits, Dv) and (…, num_splits), natural log.
     """
-    split = tl.program_id(0)
-    head_k = tl.program_id(1) // TILES_M
-    tile_m = tl.program_id(1) % TILES_M
-    row = tl.program_id(2).to(tl.int64)
+    head_k = tl.program_id(0) // TILES_M
+    tile_m = tl.program_id(0) % TILES_M
+    row = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(2)
+    num_splits = tl.num_programs(2)
     seqlen_k = tl.minimum(tl.maximum(tl.load(cache_seqlens + row), 0), max_seqlen_k)
 
     offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -84,8 +86,6 @@ def _paged_decode_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
-    q_pointers = Q + row * stride_q_b + query[:, None] * stride_q_m + head[:, None] * stride_q_h + offs_d[None, :]
-    q = tl.load(q_pointers, mask=row_mask[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
     q_pos = query + seqlen_k - SEQLEN_Q
 
     first_tile = 0
@@ -95,7 +95,22 @@ def _paged_decode_kernel(
     if HAS_RIGHT:
         end = tl.minimum(seqlen_k, tl.maximum(seqlen_k + window_right, 0))
     last_tile = (end + BLOCK_N - 1) // BLOCK_N
-    tiles = (last_tile - first_tile + num_splits - 1) // num_splits
+    row_splits = num_splits
+    if BALANCE:
+        # as many splits as the row's share of the batch's keys: `splits` for a row of average length
+        batch = tl.num_programs(1)
+        reach = max_seqlen_k
+        if HAS_LEFT:
+            reach = tl.minimum(reach, window_left + SEQLEN_Q)
+        keys = tl.zeros([128], tl.float32)
+        for start_b in range(0, batch, 128):
+            offs_b = start_b + tl.arange(0, 128)
+            lengths = tl.load(cache_seqlens + offs_b, mask=offs_b < batch, other=0)
+            keys += tl.minimum(tl.maximum(lengths, 0), reach).to(tl.float32)
+        average = tl.maximum(tl.sum(keys, 0) / batch, 1.0)
+        wanted = tl.minimum(seqlen_k, reach) / average * splits + 0.5
+        row_splits = tl.minimum(tl.maximum(wanted.to(tl.int32), 1), num_splits)
+    tiles = (last_tile - first_tile + row_splits - 1) // row_splits
     begin = (first_tile + split * tiles) * BLOCK_N
     end = tl.minimum(end, begin + tiles * BLOCK_N)
 
@@ -107,6 +122,8 @@ def _paged_decode_kernel(
     else:
         k_base += row * stride_k_b
         v_base += row * stride_v_b
+    q_pointers = Q + row * stride_q_b + query[:, None] * stride_q_m + head[:, None] * stride_q_h + offs_d[None, :]
+    q = tl.load(q_pointers, mask=row_mask[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
@@ -115,7 +132,9 @@ def _paged_decode_kernel(
         rest = seqlen_k - start_n
         next_blocks = tile_blocks(block_table_row, start_n + BLOCK_N, offs_n, seqlen_k, BLOCK_N, PAGE_SIZE)
         k_pointers = tile_pointers(k_base, blocks, start_n, offs_n, offs_d, stride_k_b, stride_k_n, BLOCK_N, PAGE_SIZE)
-        v_pointers = tile_pointers(v_base, blocks, start_n, offs_n, offs_dv, stride_v_b, stride_v_n, BLOCK_N, PAGE_SIZE)
+        v_pointers = tile_pointers(
+            v_base, blocks, start_n, offs_n, offs_dv, stride_v_b, stride_v_n, BLOCK_N, PAGE_SIZE
+        )
         k = load_tile(k_pointers, offs_n, offs_d, rest, HEAD_DIM, BLOCK_D, True)
         v = load_tile(v_pointers, offs_n, offs_dv, rest, V_HEAD_DIM, BLOCK_DV, True)
         s = attention_scores(q, k, tanh_scale, HAS_SOFTCAP, PRECISION)
@@ -148,9 +167,7 @@ def _reduce_splits_kernel(
     sinks,
     Out,
     Lse,
-    num_heads,
     num_splits,
-    SEQLEN_Q: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
     HAS_SINK: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -159,12 +176,11 @@ def _reduce_splits_kernel(
     """O = sum_s exp(lse_s - lse) O_s with lse = ln sum_s exp(lse_s), a sink added to the sum.
 
     PartialOut fp32 (B, Hq, SEQLEN_Q, num_splits, Dv), PartialLse (…, num_splits); Out (B, SEQLEN_Q, Hq, Dv), Lse
-    (B, Hq, SEQLEN_Q). Grid (B * Hq * SEQLEN_Q,). The order of the sum is fixed: results do not vary from run to run.
+    (B, Hq, SEQLEN_Q). Grid (Hq, SEQLEN_Q, B). The order of the sum is fixed: results do not vary from run to run.
     """
-    index = tl.program_id(0).to(tl.int64)
-    query = index % SEQLEN_Q
-    head = index // SEQLEN_Q % num_heads
-    row = index // SEQLEN_Q // num_heads
+    head, query, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    num_heads, seqlen_q = tl.num_programs(0), tl.num_programs(1)
+    index = (row * num_heads + head) * seqlen_q + query
     offs_dv = tl.arange(0, BLOCK_DV)
     m_i = tl.full([1], float("-inf"), tl.float32)
     l_i = tl.zeros([1], tl.float32)
@@ -172,16 +188,17 @@ def _reduce_splits_kernel(
     for start_s in range(0, num_splits, BLOCK_S):
         offs_s = start_s + tl.arange(0, BLOCK_S)
         lse_s = tl.load(PartialLse + index * num_splits + offs_s, mask=offs_s < num_splits, other=float("-inf"))
-        weights, alpha, m_i, l_i = online_softmax_update(lse_s[None, :], LOG2_E, m_i, l_i, True)
-        # an empty split wrote a partial output of 0, its weight is 0
         mask = (offs_s < num_splits)[:, None] & (offs_dv < V_HEAD_DIM)[None, :]
-        partial = tl.load(PartialOut + (index * num_splits + offs_s)[:, None] * V_HEAD_DIM + offs_dv[None, :], mask, 0.0)
+        pointers = PartialOut + (index * num_splits + offs_s)[:, None] * V_HEAD_DIM + offs_dv[None, :]
+        partial = tl.load(pointers, mask=mask, other=0.0)
+        # an empty split wrote a partial output of 0, its weight is 0
+        weights, alpha, m_i, l_i = online_softmax_update(lse_s[None, :], LOG2_E, m_i, l_i, True)
         acc = acc * alpha[:, None] + tl.sum(partial * tl.trans(weights), 0)[None, :]
     sink = m_i
     if HAS_SINK:
         sink = tl.load(sinks + head + tl.arange(0, 1)).to(tl.float32) * LOG2_E
     out, lse = finish_softmax(acc, m_i, l_i, sink, HAS_SINK)
-    out_row = (row * SEQLEN_Q + query) * num_heads + head
+    out_row = (row * seqlen_q + query) * num_heads + head
     offs_out = out_row * V_HEAD_DIM + offs_dv[None, :]
     tl.store(Out + offs_out, out.to(Out.dtype.element_ty), mask=(offs_dv < V_HEAD_DIM)[None, :])
     tl.store(Lse + index + tl.arange(0, 1), lse)
@@ -202,9 +219,10 @@ def paged_decode(
     s_aux: torch.Tensor | None = None,
     num_splits: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launches the split and the reduce kernel; arguments and results as in `hf_paged_flash.ops.reference.paged_decode`.
+    """Launches the split and the reduce kernel; arguments and results as `hf_paged_flash.ops.reference.paged_decode`.
 
-    `num_splits` 0 chooses from the SM count and the table's width; no length is read on the host.
+    `num_splits` 0 chooses from the SM count and the table's width, and gives long rows more than short ones on the
+    device; no length is read on the host.
     """
     q = last_dim_contiguous(q)
     batch, seqlen_q, num_heads, head_dim = q.shape
@@ -224,8 +242,9 @@ def paged_decode(
     device = configs.device_of(q)
     tile = configs.decode_tile(block_d, block_dv, seqlen_q * group, q.dtype, device)
     tiles_m = triton.cdiv(seqlen_q * group, tile.block_m)
-    most_splits = num_splits if num_splits > 0 else configs.decode_splits(batch * num_kv_heads * tiles_m, device)
+    splits = most_splits = num_splits
     if num_splits <= 0:
+        splits, most_splits = configs.decode_splits(batch, num_kv_heads * tiles_m, device)
         num_splits = max(1, min(most_splits, triton.cdiv(max_seqlen_k, tile.block_n)))
     split = most_splits > 1  # num_splits grows with the table: one compilation serves every length
     partial_out, partial_lse = out, lse
@@ -234,7 +253,7 @@ def paged_decode(
         partial_lse = q.new_empty(batch, num_heads, seqlen_q, num_splits, dtype=torch.float32)
     q, scale_log2, tanh_scale = score_scales(q, softmax_scale, softcap)
     with torch.cuda.device_of(q):
-        _paged_decode_kernel[(num_splits, num_kv_heads * tiles_m, batch)](
+        _paged_decode_kernel[(num_kv_heads * tiles_m, batch, num_splits)](
             Q=q,
             K=k_cache,
             V=v_cache,
@@ -255,7 +274,7 @@ def paged_decode(
             stride_table=0 if block_table is None else block_table.stride(0),
             num_heads=num_heads,
             max_seqlen_k=max_seqlen_k,
-            num_splits=num_splits,
+            splits=splits,
             scale_log2=scale_log2,
             tanh_scale=tanh_scale,
             window_left=window_left,
@@ -265,6 +284,7 @@ def paged_decode(
             HEAD_DIM=head_dim,
             V_HEAD_DIM=v_head_dim,
             SPLIT=split,
+            BALANCE=most_splits > splits,
             HAS_LEFT=window_left >= 0,
             HAS_RIGHT=window_right >= 0,
             HAS_SOFTCAP=softcap > 0,
@@ -280,19 +300,18 @@ def paged_decode(
             num_stages=tile.num_stages,
         )
         if split:
-            _reduce_splits_kernel[(batch * num_heads * seqlen_q,)](
+            block_s, reduce_warps = configs.reduce_tile(most_splits, block_dv)
+            _reduce_splits_kernel[(num_heads, seqlen_q, batch)](
                 PartialOut=partial_out,
                 PartialLse=partial_lse,
                 sinks=s_aux,
                 Out=out,
                 Lse=lse,
-                num_heads=num_heads,
                 num_splits=num_splits,
-                SEQLEN_Q=seqlen_q,
                 V_HEAD_DIM=v_head_dim,
                 HAS_SINK=s_aux is not None,
-                BLOCK_S=configs.reduce_block(most_splits),
+                BLOCK_S=block_s,
                 BLOCK_DV=block_dv,
-                num_warps=configs.REDUCE_WARPS,
+                num_warps=reduce_warps,
             )
     return out, lse

@@ -16,14 +16,19 @@ def attention_scores(q, k, tanh_scale, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if HAS_SOFTCAP:
         # tanh(x) = 1 - 2 / (1 + e^2x) saturates without overflow at both ends
-        s = 1.0 - 2.0 / (1.0 + tl.exp2(s * tanh_scale))
+        two_x_log2 = s * tanh_scale
+        s = 1.0 - 2.0 / (1.0 + tl.exp2(two_x_log2))
+        if q.dtype == tl.float32:
+            # near 0 that difference has lost fp32's last digits, and the Taylor series has not
+            x = two_x_log2 * (0.5 * LN_2)
+            x2 = x * x
+            series = x * (1.0 + x2 * (-1 / 3 + x2 * (2 / 15 + x2 * (-17 / 315 + x2 * (62 / 2835)))))
+            s = tl.where(x2 < 0.0625, series, s)
     return s
 
 
 @triton.jit
-def visible_keys(
-    q_pos, k_pos, seqlen_k, window_left, window_right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr
-):
+def visible_keys(q_pos, k_pos, seqlen_k, window_left, window_right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
     """Mask (M, N): key inside the sequence and inside `[q_pos - window_left, q_pos + window_right]`.
 
     q_pos (M,) and k_pos (N,) are positions in the keys' sequence; causal is `window_right == 0`.
@@ -101,9 +106,7 @@ def tile_pointers(
 
 
 @triton.jit
-def load_tile(
-    pointers, offs_n, offs_d, limit_n, D: tl.constexpr, BLOCK_D: tl.constexpr, CHECK_N: tl.constexpr
-):
+def load_tile(pointers, offs_n, offs_d, limit_n, D: tl.constexpr, BLOCK_D: tl.constexpr, CHECK_N: tl.constexpr):
     """A tile (N, BLOCK_D); rows from `limit_n` on (CHECK_N) and columns from D on read as 0."""
     if CHECK_N and D != BLOCK_D:
         tile = tl.load(pointers, mask=(offs_n < limit_n)[:, None] & (offs_d < D)[None, :], other=0.0)
@@ -118,11 +121,12 @@ def load_tile(
 
 @triton.jit
 def finish_softmax(acc, m_i, l_i, sink, HAS_SINK: tl.constexpr):
-    """Normalised output (M, Dv) and natural-log lse (M,); `sink` (M,) in log2 units takes part in the denominator only.
+    """Normalised output (M, Dv) and natural-log lse (M,); `sink` (M,), in log2 units, is part of the denominator only.
 
     A row that saw no key gives 0 and -inf, with a sink too.
     """
-    no_key = m_i == float("-inf")
+    # not m_i == -inf: a maximum passes over NaN, which must reach the output
+    no_key = l_i == 0.0
     if HAS_SINK:
         m_new = tl.maximum(m_i, sink)
         shrink = tl.exp2(m_i - m_new)

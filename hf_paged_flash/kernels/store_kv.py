@@ -35,7 +35,7 @@ def _store_kv_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """KCache[slot // PAGE_SIZE, slot % PAGE_SIZE] = K[b, s], V likewise, for token t = b * seqlen + s; slot -1 is skipped.
+    """KCache[slot // PAGE_SIZE, slot % PAGE_SIZE] = K[b, s], V likewise, for token b * seqlen + s; slot -1 is skipped.
 
     K, V (B, S, Hkv, D | Dv) with any strides; caches (num_blocks, PAGE_SIZE, Hkv, D | Dv). Grid (B * S,): one token.
     """
@@ -52,12 +52,16 @@ def _store_kv_kernel(
     offs_dv = tl.arange(0, BLOCK_DV)
     heads = (offs_h < NUM_KV_HEADS)[:, None]
     k_mask = heads & (offs_d < HEAD_DIM)[None, :]
-    k_source = K + batch * stride_k_b + position * stride_k_s + offs_h[:, None] * stride_k_h + offs_d[None, :] * stride_k_d
-    k_target = KCache + block * stride_kc_block + offset * stride_kc_n + offs_h[:, None] * stride_kc_h + offs_d[None, :]
+    k_source = K + batch * stride_k_b + position * stride_k_s
+    k_source += offs_h[:, None] * stride_k_h + offs_d[None, :] * stride_k_d
+    k_target = KCache + block * stride_kc_block + offset * stride_kc_n
+    k_target += offs_h[:, None] * stride_kc_h + offs_d[None, :]
     tl.store(k_target, tl.load(k_source, mask=k_mask), mask=k_mask)
     v_mask = heads & (offs_dv < V_HEAD_DIM)[None, :]
-    v_source = V + batch * stride_v_b + position * stride_v_s + offs_h[:, None] * stride_v_h + offs_dv[None, :] * stride_v_d
-    v_target = VCache + block * stride_vc_block + offset * stride_vc_n + offs_h[:, None] * stride_vc_h + offs_dv[None, :]
+    v_source = V + batch * stride_v_b + position * stride_v_s
+    v_source += offs_h[:, None] * stride_v_h + offs_dv[None, :] * stride_v_d
+    v_target = VCache + block * stride_vc_block + offset * stride_vc_n
+    v_target += offs_h[:, None] * stride_vc_h + offs_dv[None, :]
     tl.store(v_target, tl.load(v_source, mask=v_mask), mask=v_mask)
 
 

@@ -125,7 +125,7 @@ def test_physical_blocks_change_no_bit(page, device):
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("varied, values", [("page", (16, 32, 64, 128, 256)), ("splits", (0, 1, 2, 3, 7, 40))])
+@pytest.mark.parametrize("varied, values", [("page", (16, 32, 48, 64, 128, 256)), ("splits", (0, 1, 2, 3, 7, 40))])
 def test_how_the_keys_are_divided_changes_no_result(varied, values, device):
     case = {**PLAIN, "dtype": "fp32", "extras": "sinks"}
     problem = make(case, device)
@@ -180,6 +180,7 @@ def test_a_length_beyond_the_table_counts_as_the_table(device):
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 40.0], ids="scale{}".format)
 @pytest.mark.parametrize("extras", ["plain", "softcap"])
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # NumPy, where tanh saturates
 def test_softmax_scales(scale, extras, device):
     case = {**PLAIN, "dtype": "fp32", "scale": scale, "extras": extras}
     problem = make(case, device)

@@ -1,0 +1,440 @@
+"""The attention function inside models: every way that keys and masks reach it, against eager."""
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, DynamicCache, StaticCache
+
+from hf_paged_flash import ArgumentError, PagedCache, UnsupportedFeatureError, counters, reset_counters
+from hf_paged_flash.attention import paged_flash_attention_forward
+from tests.tiny_models import MODEL_TYPES, VOCAB_SIZE, ragged_batch, randomize, tiny_config, tiny_model
+
+# fp32 in another order of operations
+TOLERANCE = {"rtol": 0.0, "atol": 1e-4}
+
+
+def pair(model_type, **changes):
+    config = tiny_config(model_type, **changes)
+    return tiny_model(config, "eager"), tiny_model(config, "paged_flash")
+
+
+def seq2seq(model_class, config_class, **sizes):
+    """The same random weights under eager and paged_flash."""
+    models = []
+    for name in ("eager", "paged_flash"):
+        model = model_class._from_config(config_class(**sizes), attn_implementation=name)
+        randomize(model)
+        models.append(model.eval())
+    return models
+
+
+class TestPlainForwards:
+    @pytest.mark.parametrize("model_type", MODEL_TYPES)
+    @pytest.mark.parametrize("pad", ["left", "right", None])
+    @pytest.mark.parametrize("use_cache", [False, True])
+    def test_equals_eager(self, model_type, pad, use_cache):
+        eager, model = pair(model_type)
+        input_ids, mask = ragged_batch([20, 20, 20] if pad is None else [20, 7, 1], pad)
+        with torch.no_grad():
+            theirs, ours = (
+                one(input_ids, attention_mask=mask, use_cache=use_cache).logits for one in (eager, model)
+            )
+        torch.testing.assert_close(ours[mask.bool()], theirs[mask.bool()], **TOLERANCE)
+
+    @pytest.mark.parametrize("model_type", ["mistral", "gemma3_text", "gpt_oss"])
+    def test_holes_in_the_middle_are_skipped(self, model_type):
+        _, model = pair(model_type)
+        input_ids, mask = ragged_batch([20, 20], None)
+        mask[0, 4:9] = mask[1, 12] = 0
+        position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+        with torch.no_grad():
+            logits = model(input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False).logits
+            for row in range(2):
+                real = mask[row].bool()
+                alone = model(input_ids[row][real][None], use_cache=False).logits[0]
+                torch.testing.assert_close(logits[row][real], alone, **TOLERANCE)
+
+    def test_a_row_of_padding_alone(self):
+        eager, model = pair("llama")
+        input_ids, mask = ragged_batch([9, 4])
+        mask[1] = 0
+        with torch.no_grad():
+            ours = model(input_ids, attention_mask=mask, use_cache=False).logits
+            theirs = eager(input_ids[:1], use_cache=False).logits
+        torch.testing.assert_close(ours[:1], theirs, **TOLERANCE)
+        assert ours.isfinite().all()
+
+    @pytest.mark.parametrize("columns", [17, 23])
+    @pytest.mark.parametrize("padded", [False, True])
+    def test_a_mask_of_another_width_is_refused(self, columns, padded):
+        _, model = pair("llama")
+        mask = torch.ones(2, columns, dtype=torch.long)
+        if padded:
+            mask[1, :3] = 0
+        with torch.no_grad(), pytest.raises(ArgumentError, match=f"has {columns} columns, which does not fit 20 new"):
+            model(ragged_batch([20, 20], None)[0], attention_mask=mask, use_cache=False)
+
+    @pytest.mark.parametrize("model_type", ["llama", "mistral"])
+    def test_a_causal_model_run_in_both_directions(self, model_type):
+        eager, model = pair(model_type, is_causal=False)
+        input_ids, mask = ragged_batch([30, 7, 19])
+        with torch.no_grad():
+            theirs, ours = (one(input_ids, attention_mask=mask, use_cache=False).logits for one in (eager, model))
+            causal = tiny_model(tiny_config(model_type), "eager")(input_ids, attention_mask=mask).logits
+        torch.testing.assert_close(ours[mask.bool()], theirs[mask.bool()], **TOLERANCE)
+        assert (causal - theirs)[mask.bool()].abs().max() > 0.1
+
+    @pytest.mark.parametrize("model_type", ["qwen2_moe", "phimoe"])
+    def test_layers_that_do_not_pass_their_window(self, model_type):
+        sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 6, "pad_token_id": 0}
+        sizes |= {"bos_token_id": 1, "eos_token_id": None}
+        experts = {"num_local_experts": 4}
+        if model_type == "qwen2_moe":
+            experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+            experts |= {"shared_expert_intermediate_size": 32, "use_sliding_window": True, "max_window_layers": 0}
+        config = AutoConfig.for_model(model_type, **sizes, **experts)
+        eager, model = tiny_model(config, "eager"), tiny_model(config, "paged_flash")
+        for input_ids, mask in (ragged_batch([20, 7]), ragged_batch([20, 20], None)):
+            options = {"attention_mask": mask, "max_new_tokens": 10, "do_sample": False}
+            expected = eager.generate(input_ids, **options)
+            assert torch.equal(model.generate(input_ids, **options), expected)
+            dynamic = DynamicCache(config=model.config)
+            assert torch.equal(model.generate(input_ids, past_key_values=dynamic, **options), expected)
+
+
+class TestPackedRows:
+    @pytest.mark.parametrize("model_type", ["llama", "mistral", "gpt2"])
+    def test_position_ids_that_start_again(self, model_type):
+        eager, model = pair(model_type)
+        input_ids, _ = ragged_batch([34, 34], None)
+        position_ids = torch.stack(
+            [
+                torch.cat([torch.arange(n) for n in (15, 1, 18)]),
+                torch.cat([torch.arange(n) for n in (2, 20, 12)]),
+            ]
+        )
+        reset_counters()
+        with torch.no_grad():
+            theirs, ours = (
+                one(input_ids, position_ids=position_ids, use_cache=False).logits for one in (eager, model)
+            )
+        torch.testing.assert_close(ours, theirs, **TOLERANCE)
+        with torch.no_grad():
+            alone = model(input_ids[:1, 16:], use_cache=False).logits
+        torch.testing.assert_close(ours[:1, 16:], alone, **TOLERANCE)
+
+    @pytest.mark.parametrize("with_maximum", [False, True])
+    def test_offsets_of_the_users(self, with_maximum):
+        _, model = pair("llama")
+        input_ids, _ = ragged_batch([30], None)
+        lengths = [11, 1, 18]
+        offsets = torch.tensor([0, 11, 12, 30])
+        position_ids = torch.cat([torch.arange(n) for n in lengths])[None]
+        packed = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets}
+        if with_maximum:
+            packed |= {"max_length_q": 18, "max_length_k": 18}
+        with torch.no_grad():
+            ours = model(input_ids, position_ids=position_ids, use_cache=False, **packed).logits
+            alone = [model(part, use_cache=False).logits for part in input_ids.split(lengths, 1)]
+        torch.testing.assert_close(ours, torch.cat(alone, 1), **TOLERANCE)
+
+    def test_offsets_need_a_batch_of_one(self):
+        _, model = pair("llama")
+        offsets = torch.tensor([0, 5])
+        with torch.no_grad(), pytest.raises(ArgumentError, match="a batch of 1, got a batch of 2"):
+            model(ragged_batch([5, 5], None)[0], cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, use_cache=False)
+
+    def test_offsets_and_a_paged_cache_are_refused(self):
+        _, model = pair("llama")
+        offsets = torch.tensor([0, 2, 5])
+        with torch.no_grad(), pytest.raises(UnsupportedFeatureError, match="`cu_seq_lens_q`.*`use_cache=False`"):
+            model(
+                ragged_batch([5], None)[0], past_key_values=PagedCache(model.config), cu_seq_lens_q=offsets
+            )
+
+
+class TestOtherCaches:
+    @pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma2", "gemma3_text", "gpt_oss"])
+    @pytest.mark.parametrize("pad", ["left", None])
+    def test_a_dynamic_cache_beyond_the_window(self, model_type, pad):
+        eager, model = pair(model_type)
+        input_ids, mask = ragged_batch([20, 7, 1] if pad else [20, 20, 20], pad)
+        options = {"attention_mask": mask, "max_new_tokens": 20, "do_sample": False}
+        cache = DynamicCache(config=model.config)
+        ours = model.generate(input_ids, past_key_values=cache, **options)
+        assert torch.equal(ours, eager.generate(input_ids, **options))
+        assert type(cache) is DynamicCache and cache.get_seq_length() == 39
+
+    @pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma3_text"])
+    @pytest.mark.parametrize("pad", ["left", None])
+    def test_a_static_cache_longer_than_its_content(self, model_type, pad):
+        eager, model = pair(model_type)
+        input_ids, mask = ragged_batch([20, 7] if pad else [20, 20], pad)
+        mask = mask if pad else None
+        logits = []
+        for one in (eager, model):
+            cache, parts = StaticCache(config=one.config, max_cache_len=50), []
+            with torch.no_grad():
+                for start, end in ((0, 9), (9, 19), (19, 20)):
+                    part = mask[:, :end] if pad else None
+                    parts.append(one(input_ids[:, start:end], attention_mask=part, past_key_values=cache).logits)
+            logits.append(torch.cat(parts, 1))
+        real = slice(None) if mask is None else mask.bool()
+        torch.testing.assert_close(logits[1][real], logits[0][real], **TOLERANCE)
+
+    @pytest.mark.parametrize("model_type", MODEL_TYPES)
+    @pytest.mark.parametrize("cache", [DynamicCache, PagedCache])
+    def test_chunks_of_a_prompt(self, model_type, cache):
+        eager, model = pair(model_type)
+        input_ids, mask = ragged_batch([40, 21, 3])
+        ours, theirs = cache(config=model.config), DynamicCache(config=eager.config)
+        with torch.no_grad():
+            for start, end in ((0, 1), (1, 18), (18, 30), (30, 38), (38, 40)):
+                part = dict(attention_mask=mask[:, :end])
+                expected = eager(input_ids[:, start:end], past_key_values=theirs, **part).logits
+                logits = model(input_ids[:, start:end], past_key_values=ours, **part).logits
+                real = mask[:, start:end].bool()
+                torch.testing.assert_close(logits[real], expected[real], **TOLERANCE)
+
+
+class TestChats:
+    @pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma3_text", "gpt_oss", "gpt2", "deepseek_v3"])
+    @pytest.mark.parametrize("pads", [["left"] * 3, ["left", "right", "left"], ["right"] * 3])
+    def test_turns_on_one_cache_equal_each_rows_own_chat(self, model_type, pads):
+        """Three turns of different lengths, padded in between, six new tokens after each."""
+        _, model = pair(model_type)
+        turns = [ragged_batch(lengths, pad, seed=seed) for seed, (lengths, pad) in enumerate(
+            zip(([14, 3, 9], [2, 8, 5], [6, 1, 10]), pads, strict=True)
+        )]  # fmt: skip
+        options = {"max_new_tokens": 6, "do_sample": False}
+        cache = PagedCache(model.config)
+        text = torch.zeros(3, 0, dtype=torch.long)
+        mask = torch.zeros(3, 0, dtype=torch.long)
+        for input_ids, turn_mask in turns:
+            text = torch.cat([text, input_ids], 1)
+            mask = torch.cat([mask, turn_mask], 1)
+            text = model.generate(text, attention_mask=mask, past_key_values=cache, **options)
+            mask = torch.cat([mask, mask.new_ones(3, 6)], 1)
+        assert cache.memory().tokens == int(mask[:, :-1].sum())
+        for row in range(3):
+            alone = torch.zeros(1, 0, dtype=torch.long)
+            for input_ids, turn_mask in turns:
+                alone = torch.cat([alone, input_ids[row][turn_mask[row].bool()][None]], 1)
+                alone = model.generate(alone, attention_mask=torch.ones_like(alone), **options)
+            assert text[row][mask[row].bool()].tolist() == alone[0].tolist()
+
+
+class TestEncodersAndCrossAttention:
+    @pytest.mark.parametrize("pad", ["left", "right", None])
+    def test_bert(self, pad):
+        eager, model = seq2seq(
+            transformers.BertModel, transformers.BertConfig, vocab_size=VOCAB_SIZE, hidden_size=64,
+            num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        )  # fmt: skip
+        input_ids, mask = ragged_batch([12, 12] if pad is None else [12, 5], pad)
+        reset_counters()
+        with torch.no_grad():
+            theirs, ours = (one(input_ids, attention_mask=mask).last_hidden_state for one in (eager, model))
+        torch.testing.assert_close(ours, theirs, **TOLERANCE)  # in padded places as well: they see every token
+        assert counters().reference == {"flash_forward": 2}
+
+    @pytest.mark.parametrize("pad", ["left", "right", None])
+    def test_modernbert_with_two_sided_windows(self, pad):
+        eager, model = seq2seq(
+            transformers.ModernBertModel, transformers.ModernBertConfig, vocab_size=VOCAB_SIZE, hidden_size=64,
+            num_hidden_layers=4, num_attention_heads=4, intermediate_size=64, local_attention=6, pad_token_id=0,
+        )  # fmt: skip
+        input_ids, mask = ragged_batch([24, 24] if pad is None else [24, 15], pad)
+        with torch.no_grad():
+            theirs, ours = (one(input_ids, attention_mask=mask).last_hidden_state for one in (eager, model))
+        torch.testing.assert_close(ours[mask.bool()], theirs[mask.bool()], **TOLERANCE)
+
+    @pytest.mark.parametrize("decoder_columns", [12, 7, 1])
+    @pytest.mark.parametrize("pad", ["left", "right"])
+    def test_bart_whose_cross_attention_masks_keys_alone(self, decoder_columns, pad):
+        eager, model = seq2seq(
+            transformers.BartForConditionalGeneration, transformers.BartConfig, vocab_size=VOCAB_SIZE, d_model=64,
+            encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+            encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64,
+        )  # fmt: skip
+        input_ids, mask = ragged_batch([12, 5], pad)
+        decoder_input_ids, _ = ragged_batch([decoder_columns] * 2, None, seed=3)
+        with torch.no_grad():
+            theirs, ours = (
+                one(input_ids, attention_mask=mask, decoder_input_ids=decoder_input_ids).logits
+                for one in (eager, model)
+            )
+        torch.testing.assert_close(ours, theirs, **TOLERANCE)
+        options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
+        assert torch.equal(model.generate(input_ids, **options), eager.generate(input_ids, **options))
+        beams = options | {"num_beams": 3}
+        assert torch.equal(model.generate(input_ids, **beams), eager.generate(input_ids, **beams))
+
+    def test_t5gemma_with_windows_in_the_encoder(self):
+        sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 6}
+        eager, model = seq2seq(
+            transformers.T5GemmaForConditionalGeneration, transformers.T5GemmaConfig,
+            encoder=dict(sizes), decoder=dict(sizes), vocab_size=VOCAB_SIZE,
+        )  # fmt: skip
+        input_ids, mask = ragged_batch([30, 7, 19])
+        decoder_input_ids, _ = ragged_batch([17] * 3, None, seed=3)
+        with torch.no_grad():
+            theirs, ours = (
+                one(input_ids=input_ids, attention_mask=mask, decoder_input_ids=decoder_input_ids).logits
+                for one in (eager, model)
+            )
+        torch.testing.assert_close(ours, theirs, **TOLERANCE)
+
+
+class TestWhatIsRefused:
+    @pytest.fixture
+    def model(self):
+        return tiny_model(tiny_config("llama"), "paged_flash")
+
+    @pytest.mark.parametrize("use_cache", [False, True])
+    def test_attention_weights(self, model, use_cache):
+        with torch.no_grad(), pytest.raises(UnsupportedFeatureError, match='output_attentions=True.*"eager"'):
+            model(ragged_batch([5])[0], output_attentions=True, use_cache=use_cache)
+
+    def test_training(self, model):
+        model.train()
+        with pytest.raises(UnsupportedFeatureError, match=r"no backward pass.*model.eval\(\).*sdpa"):
+            model(ragged_batch([5])[0])
+        with torch.no_grad():  # nothing would be trained
+            model(ragged_batch([5])[0])
+
+    def test_dropout(self):
+        model = tiny_model(tiny_config("llama", attention_dropout=0.1), "paged_flash").train()
+        with torch.no_grad(), pytest.raises(UnsupportedFeatureError, match="`dropout` is 0.1"):
+            model(ragged_batch([5])[0])
+
+    @pytest.mark.parametrize("use_cache", [False, True])
+    @pytest.mark.parametrize("pad", ["left", None])
+    def test_backward_through_an_evaluation(self, model, use_cache, pad):
+        input_ids, mask = ragged_batch([9, 4] if pad else [9, 9], pad)
+        cache = PagedCache(model.config) if use_cache else None
+        loss = model(input_ids, attention_mask=mask, past_key_values=cache, use_cache=use_cache, labels=input_ids).loss
+        with pytest.raises(UnsupportedFeatureError, match=r"no backward.*torch.no_grad\(\)"):
+            loss.backward()
+        assert all(parameter.grad is None for parameter in model.model.layers[0].self_attn.parameters())
+
+    def test_backward_through_a_decode_step(self, model):
+        cache = PagedCache(model.config)
+        with torch.no_grad():
+            model(ragged_batch([9])[0], past_key_values=cache)
+        loss = model(torch.tensor([[5]]), past_key_values=cache).logits.sum()
+        with pytest.raises(UnsupportedFeatureError, match="no backward"):
+            loss.backward()
+
+    def test_backward_through_the_dense_way(self):
+        model = tiny_model(tiny_config("deepseek_v3"), "paged_flash")
+        loss = model(ragged_batch([9])[0], past_key_values=PagedCache(model.config)).logits.sum()
+        with pytest.raises(UnsupportedFeatureError, match="no backward"):
+            loss.backward()
+
+    @pytest.mark.parametrize("name", ["position_bias", "head_mask", "indices", "block_indices"])
+    def test_arguments_that_no_path_applies(self, name):
+        layer = nn.Module().eval()
+        x = torch.randn(1, 2, 4, 16)
+        with pytest.raises(UnsupportedFeatureError, match=f"Module passes `{name}`.*sdpa"):
+            paged_flash_attention_forward(layer, x, x, x, **{name: torch.zeros(1)})
+        paged_flash_attention_forward(layer, x, x, x, **{name: None})
+
+    def test_continuous_batching(self):
+        x = torch.randn(1, 2, 4, 16)
+        with pytest.raises(UnsupportedFeatureError, match="generate_batch"):
+            paged_flash_attention_forward(nn.Module().eval(), x, x, x, cache=object())
+
+
+class TestDtypes:
+    """Queries, keys and values that differ, because a norm or RoPE in fp32 upcast some of them."""
+
+    @pytest.mark.parametrize("upcast", [(0, 1), (0,), (1,), (1, 2), (0, 1, 2), ()])
+    def test_the_smallest_dtype_is_the_models(self, upcast):
+        tensors = [torch.randn(2, 2, 5, 16, dtype=torch.bfloat16) for _ in range(3)]
+        mixed = [x.float() if index in upcast else x for index, x in enumerate(tensors)]
+        layer = nn.Module().eval()
+        out, weights = paged_flash_attention_forward(layer, *mixed)
+        assert weights is None
+        assert out.shape == (2, 5, 2, 16) and out.is_contiguous()
+        expected, _ = paged_flash_attention_forward(layer, *tensors)
+        assert out.dtype == (torch.float32 if len(upcast) == 3 else torch.bfloat16)
+        torch.testing.assert_close(out.float(), expected.float(), rtol=0, atol=0.02)
+
+    @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text"])
+    @pytest.mark.parametrize("cache", [DynamicCache, PagedCache])
+    def test_autocast(self, model_type, cache):
+        eager, model = pair(model_type)
+        input_ids, mask = ragged_batch([20, 7])
+        with torch.no_grad():
+            exact = eager(input_ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+        logits = []
+        for one, its_cache in ((eager, DynamicCache), (model, cache)):
+            past = its_cache(config=one.config)
+            with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+                parts = [
+                    one(input_ids[:, s:e], attention_mask=mask[:, :e], past_key_values=past).logits
+                    for s, e in ((0, 17), (17, 19), (19, 20))
+                ]
+            logits.append(torch.cat(parts, 1)[mask.bool()])
+        errors = [(x.float() - exact).abs().max() for x in logits]
+        assert errors[1] <= 2 * errors[0]
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_layers_with_upcast_queries_and_keys(self, dtype, monkeypatch):
+        """A model whose q and k leave RoPE in fp32, as PEFT's and some norms do, runs and returns its own dtype."""
+        from transformers.models.llama import modeling_llama
+
+        plain = modeling_llama.apply_rotary_pos_emb
+        monkeypatch.setattr(
+            modeling_llama, "apply_rotary_pos_emb", lambda q, k, *args, **kw: plain(q.float(), k.float(), *args, **kw)
+        )
+        model = tiny_model(tiny_config("llama"), "paged_flash", dtype=dtype)
+        input_ids, mask = ragged_batch([20, 7])
+        reset_counters()
+        out = model.generate(
+            input_ids, attention_mask=mask, max_new_tokens=5, return_dict_in_generate=True, output_logits=True
+        )
+        assert out.logits[0].dtype in (dtype, torch.float32)  # generate() itself may raise logits to fp32
+        cache = out.past_key_values
+        assert {layer.pool.key.dtype for layer in cache.layers} == {dtype}
+        assert counters().dense_gather_total == 0
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_low_precision_is_as_near_as_eagers(self, dtype):
+        config = tiny_config("llama")
+        input_ids, mask = ragged_batch([20, 7])
+        with torch.no_grad():
+            exact = tiny_model(config, "eager")(input_ids, attention_mask=mask).logits[mask.bool()]
+            errors = [
+                (tiny_model(config, name, dtype=dtype)(input_ids, attention_mask=mask).logits[mask.bool()] - exact)
+                .abs()
+                .max()
+                for name in ("eager", "paged_flash")
+            ]
+        assert errors[1] <= 2 * errors[0]
+
+
+class TestCounters:
+    def test_which_operations_a_generation_runs(self):
+        model = tiny_model(tiny_config("llama"), "paged_flash")
+        input_ids, mask = ragged_batch([20, 7])
+        reset_counters()
+        model.generate(input_ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
+        assert counters().reference == {"flash_forward": 3, "paged_decode": 12, "store_kv": 15}
+        assert counters().dense_gather == {}
+
+    def test_a_chunk_of_up_to_sixteen_tokens_is_a_decode_step(self):
+        model = tiny_model(tiny_config("llama"), "paged_flash")
+        cache = PagedCache(model.config)
+        input_ids, _ = ragged_batch([60], None)
+        with torch.no_grad():
+            model(input_ids[:, :20], past_key_values=cache)
+            reset_counters()
+            model(input_ids[:, 20:36], past_key_values=cache)
+            assert counters().reference == {"paged_decode": 3, "store_kv": 3}
+            model(input_ids[:, 36:53], past_key_values=cache)
+            assert counters().reference == {"paged_decode": 3, "flash_forward": 3, "store_kv": 6}

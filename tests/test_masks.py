@@ -1,0 +1,215 @@
+"""The mask function: padding, packed rows and windows, never an S x S matrix; what it can't hand over it refuses."""
+
+import pytest
+import torch
+from transformers import AutoConfig, DynamicCache, StaticCache, masking_utils
+from transformers.masking_utils import (
+    create_bidirectional_mask,
+    create_bidirectional_sliding_window_mask,
+    create_causal_mask,
+    create_chunked_causal_mask,
+    create_sliding_window_causal_mask,
+)
+
+from hf_paged_flash import PagedCache, UnsupportedFeatureError
+from hf_paged_flash.masks import masks_nothing, paged_flash_mask, window_of
+from tests.tiny_models import WINDOW, ragged_batch, tiny_config, tiny_model
+
+LENGTHS = (20, 7, 13)
+
+
+@pytest.fixture
+def config():
+    config = tiny_config("mistral")
+    config._attn_implementation = "paged_flash"
+    return config
+
+
+def arguments(config, mask, columns=20, cache=None, **more):
+    embeds = torch.zeros(3, columns, 64)
+    return dict(config=config, inputs_embeds=embeds, attention_mask=mask, past_key_values=cache, **more)
+
+
+class TestWhatIsHandedOver:
+    @pytest.mark.parametrize("create", [create_causal_mask, create_bidirectional_mask])
+    def test_nothing_where_nothing_is_padded(self, config, create):
+        assert create(**arguments(config, None)) is None
+        assert create(**arguments(config, torch.ones(3, 20, dtype=torch.long))) is None
+
+    @pytest.mark.parametrize("create", [create_causal_mask, create_bidirectional_mask])
+    @pytest.mark.parametrize("pad", ["left", "right"])
+    def test_the_padding(self, config, create, pad):
+        _, mask = ragged_batch(LENGTHS, pad)
+        handed = create(**arguments(config, mask))
+        assert handed.dtype == torch.bool
+        assert torch.equal(handed, mask.bool())
+        assert not masks_nothing(handed) and window_of(handed) is None
+
+    def test_it_is_not_the_users_tensor(self, config):
+        mask = ragged_batch(LENGTHS)[1].bool()
+        handed = create_causal_mask(**arguments(config, mask))
+        handed.zero_()
+        assert torch.equal(mask, ragged_batch(LENGTHS)[1].bool())
+
+    def test_packed_rows_as_segments(self, config):
+        position_ids = torch.cat([torch.arange(9), torch.arange(4), torch.arange(7)]).expand(3, -1)
+        handed = create_causal_mask(**arguments(config, None, position_ids=position_ids))
+        assert handed.dtype == torch.int32
+        assert handed.shape == (3, 20)
+        assert handed[1].diff().nonzero()[:, 0].tolist() == [8, 12]
+
+    def test_one_row_of_plain_positions_is_not_packed(self, config):
+        position_ids = torch.arange(20).expand(3, -1)
+        assert create_causal_mask(**arguments(config, None, position_ids=position_ids)) is None
+
+    @pytest.mark.parametrize("padded", [False, True])
+    @pytest.mark.parametrize(
+        ("create", "window"),
+        [
+            (create_sliding_window_causal_mask, (WINDOW - 1, 0)),
+            (create_bidirectional_sliding_window_mask, (WINDOW, WINDOW)),
+        ],
+    )
+    def test_windows_ride_on_the_mask(self, config, create, window, padded):
+        mask = ragged_batch(LENGTHS)[1] if padded else None
+        handed = create(**arguments(config, mask))
+        assert window_of(handed) == window
+        assert handed.shape == (3, 20)
+        assert masks_nothing(handed) is not padded
+        if padded:
+            assert torch.equal(handed, mask.bool())
+        else:
+            assert handed.untyped_storage().nbytes() == 1  # it is there for the window alone
+
+    def test_windows_of_packed_rows(self, config):
+        position_ids = torch.cat([torch.arange(9), torch.arange(11)]).expand(3, -1)
+        handed = create_sliding_window_causal_mask(**arguments(config, None, position_ids=position_ids))
+        assert handed.dtype == torch.int32
+        assert window_of(handed) == (WINDOW - 1, 0)
+
+    def test_a_static_cache_is_longer_than_what_it_holds(self):
+        config = tiny_config("llama")
+        config._attn_implementation = "paged_flash"
+        cache = StaticCache(config=config, max_cache_len=64)
+        keys = torch.zeros(3, 2, 5, 16)
+        handed = create_causal_mask(**arguments(config, None, columns=5, cache=cache))
+        assert handed.tolist() == [[True] * 5] * 3
+        for layer in range(3):
+            cache.update(keys, keys, layer)
+        handed = create_causal_mask(**arguments(config, None, columns=2, cache=cache))
+        assert handed.shape == (3, 7) and bool(handed.all())
+        padding = torch.ones(3, 7, dtype=torch.long)
+        padding[1, :3] = 0
+        handed = create_causal_mask(**arguments(config, padding, columns=2, cache=cache))
+        assert torch.equal(handed, padding.bool())
+
+    def test_a_dynamic_sliding_cache_gets_the_columns_it_still_has(self, config):
+        cache = DynamicCache(config=config)
+        keys = torch.zeros(3, 2, 20, 16)
+        for layer in range(3):
+            cache.update(keys, keys, layer)
+        mask = torch.cat([ragged_batch(LENGTHS)[1], torch.ones(3, 1, dtype=torch.long)], 1)
+        handed = create_sliding_window_causal_mask(**arguments(config, mask, columns=1, cache=cache))
+        assert torch.equal(handed, mask[:, -WINDOW:].bool())
+
+    def test_never_a_matrix(self, monkeypatch):
+        """No tensor of S x S elements is made anywhere in a forward's masks."""
+        model, seen = tiny_model(tiny_config("gemma3_text"), "paged_flash"), []
+
+        class Watch(torch.overrides.TorchFunctionMode):
+            def __torch_function__(self, func, types, args=(), kwargs=None):
+                result = func(*args, **(kwargs or {}))
+                if isinstance(result, torch.Tensor):
+                    seen.append(tuple(result.shape))
+                return result
+
+        input_ids, mask = ragged_batch([53, 31])
+        original = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["paged_flash"]
+        handed = []
+
+        def watched(*args, **kwargs):
+            with Watch():
+                handed.append(original(*args, **kwargs))
+            return handed[-1]
+
+        monkeypatch.setitem(masking_utils.AttentionMaskInterface._global_mapping, "paged_flash", watched)
+        with torch.no_grad():
+            model(input_ids, attention_mask=mask, use_cache=False)
+        assert len(handed) == 2 and seen
+        assert max(torch.Size(shape).numel() for shape in seen) <= mask.numel()
+
+
+class TestTheCache:
+    def test_the_group_that_was_asked_gets_the_mask(self, config):
+        first, second = PagedCache(config), PagedCache(config)
+        _, mask = ragged_batch(LENGTHS)
+        handed = create_causal_mask(**arguments(config, mask, cache=first))
+        assert torch.equal(first.group.pending_mask, mask.bool()) and torch.equal(handed, mask.bool())
+        assert second.group.pending_mask is None
+
+    def test_both_masks_of_a_mixed_model_reach_it(self):
+        config = tiny_config("gemma3_text")
+        config._attn_implementation = "paged_flash"
+        cache = PagedCache(config)
+        _, mask = ragged_batch(LENGTHS)
+        full = create_causal_mask(**arguments(config, mask, cache=cache))
+        sliding = create_sliding_window_causal_mask(**arguments(config, mask, cache=cache))
+        assert (window_of(full), window_of(sliding)) == (None, (WINDOW - 1, 0))
+        assert torch.equal(cache.group.pending_mask, mask.bool())
+
+    def test_sizes_asked_for_in_vain_are_forgotten(self, config):
+        cache = PagedCache(config)
+        cache.get_mask_sizes(20, 0)
+        assert paged_flash_mask(3, 19, 19, attention_mask=torch.ones(3, 19, dtype=torch.bool)) is None
+        assert cache.group.pending_mask is None
+        assert paged_flash_mask(3, 20, 20, attention_mask=torch.ones(3, 20, dtype=torch.bool)) is None
+        assert cache.group.pending_mask is None
+
+    def test_a_dropped_cache_is_not_waited_for(self, config):
+        cache = PagedCache(config)
+        cache.get_mask_sizes(20, 0)
+        del cache
+        assert paged_flash_mask(3, 20, 20) is None
+
+
+class TestWhatIsRefused:
+    def test_chunked_attention(self):
+        config = AutoConfig.for_model("llama4_text", hidden_size=64, num_hidden_layers=2, attention_chunk_size=32)
+        config._attn_implementation = "paged_flash"
+        with pytest.raises(UnsupportedFeatureError, match='asks for chunked attention.*"sdpa" or "eager"'):
+            create_chunked_causal_mask(**arguments(config, None))
+
+    def test_blocks_that_see_each_other(self, config):
+        blocks = torch.full((3, 20), -1)
+        blocks[:, 3:9] = 0
+        with pytest.raises(UnsupportedFeatureError, match=r"tokens that see each other \(images in a text\)"):
+            create_causal_mask(**arguments(config, None, block_sequence_ids=blocks))
+
+    @pytest.mark.parametrize("create", [create_causal_mask, create_sliding_window_causal_mask])
+    @pytest.mark.parametrize("kind", ["or_mask_function", "and_mask_function"])
+    def test_mask_functions_of_the_users(self, config, create, kind):
+        def mine(batch_idx, head_idx, q_idx, kv_idx):
+            return kv_idx % 2 == 0
+
+        with pytest.raises(UnsupportedFeatureError, match="asks for a mask .*which paged_flash can't honour yet"):
+            create(**arguments(config, None, **{kind: mine}))
+
+    def test_a_function_that_only_looks_like_ours(self):
+        def sliding_window_overlay(batch_idx, head_idx, q_idx, kv_idx):
+            return q_idx == kv_idx
+
+        with pytest.raises(UnsupportedFeatureError, match="a mask function other than"):
+            paged_flash_mask(1, 4, 4, mask_function=sliding_window_overlay)
+
+    def test_gemma3_with_bidirectional_attention(self):
+        model = tiny_model(tiny_config("gemma3_text", use_bidirectional_attention=True), "paged_flash")
+        with torch.no_grad(), pytest.raises(UnsupportedFeatureError, match="can't honour"):
+            model(ragged_batch([5])[0])
+
+    @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+    @pytest.mark.parametrize("use_cache", [False, True])
+    def test_a_matrix_of_the_users(self, dtype, use_cache):
+        model = tiny_model(tiny_config("llama"), "paged_flash")
+        matrix = torch.zeros(1, 1, 5, 5, dtype=dtype)
+        with torch.no_grad(), pytest.raises(UnsupportedFeatureError, match=r"must be 2-D .* got \(1, 1, 5, 5\)"):
+            model(ragged_batch([5])[0], attention_mask=matrix, use_cache=use_cache)
