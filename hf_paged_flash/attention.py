@@ -62,7 +62,7 @@ def paged_flash_attention_forward(
         query: (B, Hq, Sq, D).
         key, value: (B, Hkv, Sk, D | Dv), or what `PagedCache.update()` returned.
         attention_mask: what `masks.paged_flash_mask` returned, or a mask of the user's own (B | 1, Hq | 1, Sq, Sk),
-            bool (True = visible) or added to the scores. A 4-D mask says all: no causal mask or window is put on top of it.
+            bool (True = visible) or added to the scores. It says all: no causal mask or window is put on top.
         dropout: share of the probabilities dropped while the module trains.
         scaling: softmax scale; None = 1 / sqrt(D).
         sliding_window: keys a query sees, itself included, where `attention_mask` does not say it.

@@ -11,9 +11,9 @@ With a sliding window it is always a tensor, and has the window as an attribute 
 slides says so (Qwen2-MoE, Phi-MoE), and two-sided windows are one key wider here than in the layers' `sliding_window`.
 
 What none of these can carry (image blocks in a text, mask functions of the user's) becomes a matrix, bool
-(B, 1, q_length, kv_length), built by transformers' own mask functions: such models pay for it under any implementation.
-While torch.compile traces, rows packed by their position_ids become one too: pass `cu_seq_lens_q` and its companions to
-do without. Chunked attention is refused by transformers before it asks for a mask, for any name with "flash" in it.
+(B, 1, q_length, kv_length), built by transformers' own mask functions: such models pay for it everywhere. While
+torch.compile traces, rows packed by their position_ids become one too: pass `cu_seq_lens_q` and its companions to do
+without. Chunked attention is refused by transformers before it asks for a mask, for any name with "flash" in it.
 """
 
 from collections.abc import Callable
@@ -51,7 +51,7 @@ _Window = tuple[int, int] | None
 
 
 def _pattern(mask_function: Callable) -> tuple[torch.Tensor | None, _Window, bool]:
-    """Segment ids (B, S) of packed rows or None, (left, right) window or None, and whether only a matrix says it all."""
+    """Segment ids (B, S) of packed rows, (left, right) window, each or None, and whether only a matrix says it all."""
     segments, window, needs_matrix = None, None, False
     for part in _parts(mask_function):
         maker = _maker(part)
@@ -110,8 +110,8 @@ def paged_flash_mask(
         attention_mask: bool (B, columns so far), False for padding, or None.
 
     Returns:
-        None, bool (B, <= kv_length) or int32 (B, kv_length), perhaps with a window, or bool (B, 1, q_length, kv_length);
-        see the module's docstring.
+        None, bool (B, <= kv_length) or int32 (B, kv_length), perhaps with a window, or bool (B, 1, q_length,
+        kv_length); see the module's docstring.
     """
     is_compiling = torch.compiler.is_compiling()
     segments, window, needs_matrix = (
@@ -127,7 +127,8 @@ def paged_flash_mask(
         mask = segments.to(torch.int32, copy=True)
     else:
         sizes = batch_size, q_length, kv_length, q_offset, kv_offset
-        two_sided = kwargs.get("allow_is_bidirectional_skip", False) if is_compiling else _is_bidirectional(mask_function)
+        allowed = kwargs.get("allow_is_bidirectional_skip", False)
+        two_sided = allowed if is_compiling else _is_bidirectional(mask_function)
         mask = _padding(attention_mask, sizes, two_sided, kwargs.get("device"))
     if window is not None:
         if mask is None:

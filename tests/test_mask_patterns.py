@@ -1,4 +1,4 @@
-"""Every pattern of masks that transformers' models ask for: hidden states and gradients equal eager's, or a refusal."""
+"""Every pattern of masks that transformers' models ask for: outputs and gradients equal eager's, or a refusal."""
 
 from __future__ import annotations
 
@@ -136,7 +136,8 @@ def test_a_mask_of_the_users_own(model_type, dtype):
         make("paged_flash"), {"input_ids": input_ids, "attention_mask": added if dtype != torch.bool else visible},
         lambda out: out.logits,
     )  # fmt: skip
-    assert_equal(ours, results(make("eager"), {"input_ids": input_ids, "attention_mask": added}, lambda out: out.logits))
+    inputs = {"input_ids": input_ids, "attention_mask": added}
+    assert_equal(ours, results(make("eager"), inputs, lambda out: out.logits))
 
 
 @pytest.mark.parametrize("side", [None, "left", "right"])
@@ -156,8 +157,8 @@ def test_blocks_of_image_tokens(side):
 
         def forward(input_ids, attention_mask):
             embeds = model.model.embed_tokens(input_ids)
-            asked = dict(config=model.config, inputs_embeds=embeds, attention_mask=attention_mask, past_key_values=None)
-            asked |= {"position_ids": None, "block_sequence_ids": blocks}
+            asked = {"config": model.config, "inputs_embeds": embeds, "attention_mask": attention_mask}
+            asked |= {"past_key_values": None, "position_ids": None, "block_sequence_ids": blocks}
             masks = {
                 "full_attention": masking_utils.create_causal_mask(**asked),
                 "sliding_attention": masking_utils.create_sliding_window_causal_mask(**asked),

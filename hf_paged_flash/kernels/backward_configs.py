@@ -48,8 +48,8 @@ def compute_dtype(block_d: int, block_dv: int, dtype: torch.dtype, device: Devic
         return dtype
     if max(block_d, block_dv) > 128:
         raise UnsupportedFeatureError(
-            "hf_paged_flash has no backward kernel for a head_dim above 128 on GPUs before Ampere: train with the 'sdpa' "
-            "attention, or choose the backend 'reference'"
+            "hf_paged_flash has no backward kernel for a head_dim above 128 on GPUs before Ampere: train with the "
+            "'sdpa' attention, or choose the backend 'reference'"
         )
     return torch.float32
 

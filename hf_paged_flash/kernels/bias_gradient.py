@@ -124,12 +124,10 @@ def _bias_gradient_kernel(
             v_base = V + v_row + (head // GROUP) * stride_v_h + start_n.to(tl.int64) * stride_v_n
             do_base = DOut + do_row + head * stride_do_h + start_m.to(tl.int64) * stride_do_m
             rest_m, rest_n = seqlen_q - start_m, seqlen_k - start_n
-            q = load_tile(
-                q_base + (offs_m[:, None] * stride_q_m + offs_d[None, :]), offs_m, offs_d, rest_m, HEAD_DIM, BLOCK_D, True
-            )
-            k = load_tile(
-                k_base + (offs_n[:, None] * stride_k_n + offs_d[None, :]), offs_n, offs_d, rest_n, HEAD_DIM, BLOCK_D, True
-            )
+            q_pointers = q_base + (offs_m[:, None] * stride_q_m + offs_d[None, :])
+            q = load_tile(q_pointers, offs_m, offs_d, rest_m, HEAD_DIM, BLOCK_D, True)
+            k_pointers = k_base + (offs_n[:, None] * stride_k_n + offs_d[None, :])
+            k = load_tile(k_pointers, offs_n, offs_d, rest_n, HEAD_DIM, BLOCK_D, True)
             v_pointers = v_base + (offs_n[:, None] * stride_v_n + offs_dv[None, :])
             v = load_tile(v_pointers, offs_n, offs_dv, rest_n, V_HEAD_DIM, BLOCK_DV, True)
             do_pointers = do_base + (offs_m[:, None] * stride_do_m + offs_dv[None, :])
@@ -148,9 +146,7 @@ def _bias_gradient_kernel(
             p = tl.where(visible, tl.exp2(s - lse_log2[:, None]), 0.0)
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
             if HAS_DROPOUT:
-                dp *= dropout_factors(
-                    seed, dropout_threshold, keep_scale, queries[:, None], keys[None, :], head.to(tl.int32), row.to(tl.int32)
-                )
+                dp *= dropout_factors(seed, dropout_threshold, keep_scale, queries[:, None], keys[None, :], h, b)
             acc += p * (dp - delta[:, None])
     targets = DBias + bias_row.to(tl.int64) * stride_db_b + bias_head.to(tl.int64) * stride_db_h
     targets += queries.to(tl.int64)[:, None] * stride_db_m + keys[None, :]

@@ -294,20 +294,23 @@ def _dkv_kernel(
             dk, dv = _add_queries(
                 dk, dv, k, v, q_base, do_base, lse_base, delta_base, begin, full_begin, k_pos, seqlen_q, seqlen_k,
                 window_left, window_right, scale_log2, softcap_log2, stride_q_m, stride_do_m, bias_base, stride_bias_m,
-                stride_bias_n, alibi_slope, seed, dropout_threshold, keep_scale, head32, row32, HEAD_DIM, V_HEAD_DIM,
-                BLOCK_D, BLOCK_DV, BLOCK_M, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,
+                stride_bias_n, alibi_slope, seed, dropout_threshold, keep_scale, head32, row32,
+ HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+ BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,
             )  # fmt: skip
         dk, dv = _add_queries(
             dk, dv, k, v, q_base, do_base, lse_base, delta_base, full_begin, full_end, k_pos, seqlen_q, seqlen_k,
             window_left, window_right, scale_log2, softcap_log2, stride_q_m, stride_do_m, bias_base, stride_bias_m,
-            stride_bias_n, alibi_slope, seed, dropout_threshold, keep_scale, head32, row32, HEAD_DIM, V_HEAD_DIM,
-            BLOCK_D, BLOCK_DV, BLOCK_M, False, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,
+            stride_bias_n, alibi_slope, seed, dropout_threshold, keep_scale, head32, row32,
+ HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, False, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+ BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
         dk, dv = _add_queries(
             dk, dv, k, v, q_base, do_base, lse_base, delta_base, full_end, end, k_pos, seqlen_q, seqlen_k,
             window_left, window_right, scale_log2, softcap_log2, stride_q_m, stride_do_m, bias_base, stride_bias_m,
-            stride_bias_n, alibi_slope, seed, dropout_threshold, keep_scale, head32, row32, HEAD_DIM, V_HEAD_DIM,
-            BLOCK_D, BLOCK_DV, BLOCK_M, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,
+            stride_bias_n, alibi_slope, seed, dropout_threshold, keep_scale, head32, row32,
+ HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+ BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
     # keys behind `seqused_k` are stored but unseen: their gradients are 0
     used = (start_n + offs_n < seqlen_k)[:, None]
@@ -378,8 +381,8 @@ def _add_keys(
         s, slope = scores_and_slope(s, scale_log2, softcap_log2, HAS_SOFTCAP)
         keys = start_n + offs_n
         s = add_biases(
-            s, queries[:, None], keys[None, :], seqlen_q, seqlen_k, bias_base, stride_bias_m, stride_bias_n, alibi_slope,
-            BIAS, HAS_ALIBI,
+            s, queries[:, None], keys[None, :], seqlen_q, seqlen_k, bias_base, stride_bias_m, stride_bias_n,
+            alibi_slope, BIAS, HAS_ALIBI,
         )  # fmt: skip
         p = tl.exp2(s - lse_log2[:, None])
         if MASKED:
@@ -513,21 +516,24 @@ def _dq_kernel(
     if HAS_LEFT:
         dq = _add_keys(
             dq, q, do, lse_log2, delta, k_base, v_base, begin, full_begin, offs_m, seqlen_q, seqlen_k, window_left,
-            window_right, scale_log2, softcap_log2, stride_k_n, stride_v_n, bias_base, stride_bias_m, stride_bias_n, alibi_slope,
-            seed, dropout_threshold, keep_scale, head32, row32, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, True,
-            HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,
+            window_right, scale_log2, softcap_log2, stride_k_n, stride_v_n, bias_base, stride_bias_m, stride_bias_n,
+            alibi_slope, seed, dropout_threshold, keep_scale, head32, row32,
+            HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+            BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
     dq = _add_keys(
         dq, q, do, lse_log2, delta, k_base, v_base, full_begin, full_end, offs_m, seqlen_q, seqlen_k, window_left,
-        window_right, scale_log2, softcap_log2, stride_k_n, stride_v_n, bias_base, stride_bias_m, stride_bias_n, alibi_slope,
-        seed, dropout_threshold, keep_scale, head32, row32, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, False,
-        HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,
+        window_right, scale_log2, softcap_log2, stride_k_n, stride_v_n, bias_base, stride_bias_m, stride_bias_n,
+        alibi_slope, seed, dropout_threshold, keep_scale, head32, row32,
+        HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, False, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+        BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,
     )  # fmt: skip
     dq = _add_keys(
         dq, q, do, lse_log2, delta, k_base, v_base, full_end, end, offs_m, seqlen_q, seqlen_k, window_left,
-        window_right, scale_log2, softcap_log2, stride_k_n, stride_v_n, bias_base, stride_bias_m, stride_bias_n, alibi_slope,
-        seed, dropout_threshold, keep_scale, head32, row32, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, True,
-        HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,
+        window_right, scale_log2, softcap_log2, stride_k_n, stride_v_n, bias_base, stride_bias_m, stride_bias_n,
+        alibi_slope, seed, dropout_threshold, keep_scale, head32, row32,
+        HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+        BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,
     )  # fmt: skip
     dq_pointers = DQ + dq_row + head * stride_dq_h + rows[:, None] * stride_dq_m + offs_d[None, :]
     dq_mask = row_mask[:, None] & (offs_d < HEAD_DIM)[None, :]

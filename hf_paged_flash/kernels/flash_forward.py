@@ -93,8 +93,8 @@ def _attend(
         score_scale = scale_log2
         if BIAS > 0 or HAS_ALIBI:
             s = add_biases(
-                s * scale_log2, queries, keys, seqlen_q, seqlen_k, bias_base, stride_bias_m, stride_bias_n, alibi_slope,
-                BIAS, HAS_ALIBI,
+                s * scale_log2, queries, keys, seqlen_q, seqlen_k, bias_base, stride_bias_m, stride_bias_n,
+                alibi_slope, BIAS, HAS_ALIBI,
             )  # fmt: skip
             score_scale = 1.0
         if MASKED:
@@ -276,25 +276,28 @@ def _flash_forward_kernel(
             acc, m_i, l_i, q, k_base, v_base, KDescriptor, VDescriptor, descriptor_row, descriptor_n, head // GROUP,
             block_table_row, begin, full_begin, q_pos, seqlen_k, window_left, window_right, scale_log2, tanh_scale,
             stride_k_b, stride_k_n, stride_v_b, stride_v_n, seqlen_q, bias_base, stride_bias_m, stride_bias_n,
-            alibi_slope, seed, dropout_threshold, keep_scale, head, row32, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
-            PAGE_SIZE, DESCRIPTORS, V_DESCRIPTOR_AT_END, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
-            BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,
+            alibi_slope, seed, dropout_threshold, keep_scale, head, row32,
+            HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
+            PAGE_SIZE, DESCRIPTORS, V_DESCRIPTOR_AT_END, True,
+            HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
     acc, m_i, l_i = _attend(
         acc, m_i, l_i, q, k_base, v_base, KDescriptor, VDescriptor, descriptor_row, descriptor_n, head // GROUP,
         block_table_row, full_begin, full_end, q_pos, seqlen_k, window_left, window_right, scale_log2, tanh_scale,
         stride_k_b, stride_k_n, stride_v_b, stride_v_n, seqlen_q, bias_base, stride_bias_m, stride_bias_n,
-        alibi_slope, seed, dropout_threshold, keep_scale, head, row32, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
-        PAGE_SIZE, DESCRIPTORS, DESCRIPTORS, False, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
-        BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,
+        alibi_slope, seed, dropout_threshold, keep_scale, head, row32,
+        HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
+        PAGE_SIZE, DESCRIPTORS, DESCRIPTORS, False,
+        HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,
     )  # fmt: skip
     acc, m_i, l_i = _attend(
         acc, m_i, l_i, q, k_base, v_base, KDescriptor, VDescriptor, descriptor_row, descriptor_n, head // GROUP,
         block_table_row, full_end, end, q_pos, seqlen_k, window_left, window_right, scale_log2, tanh_scale,
         stride_k_b, stride_k_n, stride_v_b, stride_v_n, seqlen_q, bias_base, stride_bias_m, stride_bias_n,
-        alibi_slope, seed, dropout_threshold, keep_scale, head, row32, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
-        PAGE_SIZE, DESCRIPTORS, V_DESCRIPTOR_AT_END, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
-        BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,
+        alibi_slope, seed, dropout_threshold, keep_scale, head, row32,
+        HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
+        PAGE_SIZE, DESCRIPTORS, V_DESCRIPTOR_AT_END, True,
+        HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,
     )  # fmt: skip
 
     sink = m_i

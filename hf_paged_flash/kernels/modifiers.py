@@ -55,7 +55,7 @@ def scores_and_slope(s, scale_log2, softcap_log2, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def dropout_factors(seed, threshold, keep_scale, queries, keys, head, row):
-    """0 where a probability is dropped, else keep_scale; Philox 4x32-10 of (query, key, head, row), see ops/dropout.py."""
+    """0 where a probability is dropped, else keep_scale: Philox of (query, key, head, row), see ops/dropout.py."""
     zeros = (queries + keys) * 0
     random, _, _, _ = tl.philox(seed, zeros + queries, zeros + keys, zeros + head, zeros + row)
     return tl.where((random >> 8).to(tl.int32) >= threshold, keep_scale, 0.0)
@@ -75,7 +75,8 @@ def modifier_arguments(
         strides = [0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride(), strict=True)]
         bias = bias.view(torch.uint8) if kind == 2 else bias
     return dict(
-        Bias=bias, stride_bias_b=strides[0], stride_bias_h=strides[1], stride_bias_m=strides[2], stride_bias_n=strides[3],
+        Bias=bias, stride_bias_b=strides[0], stride_bias_h=strides[1],
+        stride_bias_m=strides[2], stride_bias_n=strides[3],
         alibi_slopes=alibi_slopes,
         stride_alibi_b=0 if alibi_slopes is None or len(alibi_slopes) == 1 else alibi_slopes.stride(0),
         dropout_seed=dropout_seed, dropout_threshold=int(dropout_p * (1 << 24)), keep_scale=1.0 / (1.0 - dropout_p),

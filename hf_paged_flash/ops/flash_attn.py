@@ -206,7 +206,8 @@ def flash_attn_with_kvcache(
         block_table: (B, max_blocks) int32, each row's blocks; -1 = none.
         num_splits: in how many parts the keys of a row are processed; 0 = chosen.
         return_softmax_lse: also return lse.
-        rotary_cos, rotary_sin, cache_batch_idx, cache_leftpad, alibi_slopes: must be None; `rotary_interleaved` is then moot.
+        rotary_cos, rotary_sin, cache_batch_idx, cache_leftpad, alibi_slopes: must be None; `rotary_interleaved` is
+            then moot.
         The rest as in `flash_attn_func`.
 
     Returns:

@@ -1,9 +1,9 @@
 """The operations as torch sees them: schemas, fakes for tracing, autograd, and the choice of kernel or reference.
 
-`flash_forward`, `flash_backward`, `paged_decode` and `store_kv` are operators of the namespace `hf_paged_flash` with the
-signatures of their namesakes in `hf_paged_flash.ops.reference`, where arguments and results are described. They trust
-their arguments; `hf_paged_flash.ops.flash_attn` checks them. `flash_forward` is differentiable over dense and packed
-keys; over paged keys its backward raises, as that of `paged_decode` does, which goes through
+`flash_forward`, `flash_backward`, `paged_decode` and `store_kv` are operators of the namespace `hf_paged_flash` with
+the signatures of their namesakes in `hf_paged_flash.ops.reference`, where arguments and results are described. They
+trust their arguments; `hf_paged_flash.ops.flash_attn` checks them. `flash_forward` is differentiable over dense and
+packed keys; over paged keys its backward raises, as that of `paged_decode` does, which goes through
 `paged_decode_no_backward` where autograd records.
 """
 

@@ -19,14 +19,15 @@ def merge_states(
         lse1, lse2: (B, Hq, Sq) or packed (Hq, Tq), natural log, as `return_attn_probs=True` returns them.
 
     Returns:
-        (out, lse) over both, out in o1's dtype: lse = log(e^lse1 + e^lse2), out = e^(lse1 - lse) o1 + e^(lse2 - lse) o2
+        (out, lse) over both, out in o1's dtype: lse = log(e^lse1 + e^lse2), out = e^(lse1-lse) o1 + e^(lse2-lse) o2
         (FlashDecoding's reduction). Where both lse are -inf, out is 0 and lse -inf.
 
     Raises:
         ArgumentError: the shapes do not fit.
     """
     if o1.dim() not in (3, 4):
-        fail("o1", "have shape (batch, seqlen_q, num_heads, head_dim) or (total_q, num_heads, head_dim)", tuple(o1.shape))
+        layouts = "(batch, seqlen_q, num_heads, head_dim) or (total_q, num_heads, head_dim)"
+        fail("o1", f"have shape {layouts}", tuple(o1.shape))
     if o2.shape != o1.shape:
         fail("o2", f"have the shape of `o1`, {tuple(o1.shape)}", tuple(o2.shape))
     expected = (*o1.shape[:-3], o1.shape[-2], o1.shape[-3])

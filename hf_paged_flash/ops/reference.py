@@ -1,7 +1,7 @@
 """Attention, paged decode and the K/V store in plain torch: the oracle of the kernels' tests and the CPU path.
 
-O = dropout(softmax(mask(cap(scale * Q K^T) + bias))) V, computed in fp32 (fp64 for fp64 inputs), in chunks of queries, so that no
-S x S tensor exists for long inputs. The functions have the keyword signatures of the kernels' launchers.
+O = dropout(softmax(mask(cap(scale * Q K^T) + bias))) V, computed in fp32 (fp64 for fp64 inputs), in chunks of queries,
+so that no S x S tensor exists for long inputs. The functions have the keyword signatures of the kernels' launchers.
 """
 
 from __future__ import annotations

@@ -131,7 +131,8 @@ def sweep() -> list[Case]:
             cases += [_forward(arch, dtype, d, packed=True, page_size=64, **shape, **EVERYTHING)]
             if arch >= 80 or d <= 128:
                 cases += [_backward(arch, dtype, d, causal=causal, **shape) for causal in (True, False)]
-                cases += [_backward(arch, dtype, d, packed=True, **shape, **features) for features in (EVERYTHING, *MODIFIERS)]
+                for features in (EVERYTHING, *MODIFIERS):
+                    cases += [_backward(arch, dtype, d, packed=True, **shape, **features)]
             cases += [_forward(arch, dtype, d, **features, **shape) for features in MODIFIERS]
             cases += [_decode(arch, dtype, d, group=group, **shape) for group in (1, 4, 8)]
             cases += [_decode(arch, dtype, d, page_size=page_size, **shape) for page_size in (0, 64, 256)]

@@ -97,7 +97,9 @@ class Problem:
         wanted = [x for x in inputs if x is not None]
         found = iter(torch.autograd.grad(loss, wanted, allow_unused=True))
         gradients = [None if x is None else next(found) for x in inputs]
-        gradients = [torch.zeros_like(x) if x is not None and g is None else g for x, g in zip(inputs, gradients, strict=True)]
+        for i, x in enumerate(inputs):
+            if x is not None and gradients[i] is None:
+                gradients[i] = torch.zeros_like(x)
         return (out.detach(), lse.detach(), *gradients)
 
     def _row(self, b, q, k, v, s_aux, bias):

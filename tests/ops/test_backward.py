@@ -223,7 +223,8 @@ def test_public_functions_differentiate(reference_backend, name):
     tensors = {"q": problem.q, "k": problem.k, "v": problem.v, "s_aux": problem.s_aux}
     tensors[name].requires_grad_()
     q, k, v, s_aux = tensors.values()
-    out = flash_attn_varlen_func(q, k, v, problem.cu_q, problem.cu_k, 9, 12, causal=True, s_aux=s_aux, deterministic=True)
+    options = {"causal": True, "s_aux": s_aux, "deterministic": True}
+    out = flash_attn_varlen_func(q, k, v, problem.cu_q, problem.cu_k, 9, 12, **options)
     (gradient,) = torch.autograd.grad(out, tensors[name], problem.dout)
     _, _, *expected = problem.expected()
     torch.testing.assert_close(gradient.double(), expected[list(tensors).index(name)], rtol=1e-5, atol=1e-5)

@@ -66,7 +66,8 @@ def test_paged_keys_compile_with_autograd_on(dynamic):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_gradients_compile(dynamic):
-    leaves = [x.requires_grad_() for x in (torch.randn(2, 3, 4, 16), torch.randn(2, 5, 2, 16), torch.randn(2, 5, 2, 24))]
+    shapes = (2, 3, 4, 16), (2, 5, 2, 16), (2, 5, 2, 24)
+    leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
 
     def model(q, k, v):
         out, lse = library.flash_forward(q * 2, k, v, max_seqlen_q=q.shape[1], max_seqlen_k=k.shape[1], **FORWARD)
