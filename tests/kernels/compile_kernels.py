@@ -298,6 +298,8 @@ def problems(record: dict) -> list[str]:
     if "error" in record:
         return [record["error"]]
     found = list(record["warnings"])
+    if record.get("registers", 255) < 16 and record["kernel"] != "store_kv_kernel":
+        found.append(f"uses {record['registers']} registers: what did not fit was compiled to a trap")
     if record["loop_spills"]:
         found.append(f"{record['loop_spills']} accesses to local memory inside loops")
     if record["spills"] > SPILLED_OUTSIDE_LOOPS:
