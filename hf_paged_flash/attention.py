@@ -79,7 +79,7 @@ def paged_flash_attention_forward(
     Raises:
         UnsupportedFeatureError: something asked for that would change the result and can't be honoured.
     """
-    _refuse(module, query, value, kwargs)
+    _refuse(module, query, value, attention_mask, kwargs)
     dtype = _target_dtype(query, key, value)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     window = -1 if sliding_window is None else sliding_window - 1
@@ -107,7 +107,8 @@ def paged_flash_attention_forward(
     if is_matrix and cu_seq_lens_q is not None:
         raise UnsupportedFeatureError("a 4-D `attention_mask` and `cu_seq_lens_q` both say who sees whom: pass one")
     query = query.to(dtype)
-    if _are_paged(key, value) and not is_matrix and position_bias is None:
+    told = masks_nothing(attention_mask) or (not is_matrix and isinstance(key, PagedTensor) and key.step.knows_mask)
+    if _are_paged(key, value) and told and position_bias is None:
         return _paged(query, key, value, options).to(dtype), None  # a cache may store, and attend, in another dtype
     key, value = (_dense_keys(x, query.shape[2]).to(dtype) for x in (key, value))
     # packing reads lengths on the host, which a compiled graph can't
@@ -118,10 +119,10 @@ def paged_flash_attention_forward(
         out = _dense(query, key, value, options)
     elif position_bias is not None or not packs:
         out = _biased(query, key, value, attention_mask, position_bias, options)
-    elif attention_mask.dtype == torch.bool:
-        out = _padded(query, key, value, attention_mask, options)
-    else:
+    elif attention_mask.dtype == torch.int32:
         out = _segmented(query, key, value, attention_mask, options)
+    else:
+        out = _padded(query, key, value, attention_mask.bool(), options)
     return out, None
 
 
@@ -132,7 +133,7 @@ def _dense_keys(x: torch.Tensor, q_length: int) -> torch.Tensor:
     return x.fresh if x.fresh is not None and q_length == x.step.end else x.dense("attention")
 
 
-def _refuse(module: nn.Module, query: torch.Tensor, value: torch.Tensor, kwargs: dict) -> None:
+def _refuse(module: nn.Module, query, value, attention_mask: torch.Tensor | None, kwargs: dict) -> None:
     if kwargs.get("output_attentions"):
         raise UnsupportedFeatureError(
             "`output_attentions=True` needs the attention weights, which paged_flash never forms: load the model with "
@@ -147,6 +148,12 @@ def _refuse(module: nn.Module, query: torch.Tensor, value: torch.Tensor, kwargs:
     if module.training and torch.is_grad_enabled() and use_kernels(query):
         if max(query.shape[-1], value.shape[-1]) > MAX_BACKWARD_HEAD_DIM:
             raise UnsupportedFeatureError(NO_WIDE_BACKWARD)
+    if attention_mask is not None and attention_mask.dim() != 4:
+        if attention_mask.dim() != 2 or attention_mask.is_floating_point():
+            raise UnsupportedFeatureError(
+                "`attention_mask` must be 2-D (batch, columns), bool or integer, or 4-D under paged_flash, got "
+                f"{tuple(attention_mask.shape)} of {attention_mask.dtype}"
+            )
 
 
 def _target_dtype(*tensors: torch.Tensor) -> torch.dtype:
@@ -161,11 +168,13 @@ def _target_dtype(*tensors: torch.Tensor) -> torch.dtype:
 
 
 def _are_paged(key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether they are one layer's, as the cache holds them now: a step's table is of no use once rows have moved."""
     return (
         isinstance(key, PagedTensor)
         and isinstance(value, PagedTensor)
         and key.layer is value.layer
         and (key.kind, value.kind) == ("key", "value")
+        and key.step is key.layer.group.step
     )
 
 
@@ -186,11 +195,13 @@ def _biased(query, key, value, mask, position_bias, options: _Options) -> torch.
     mask = None if masks_nothing(mask) else mask
     if mask is not None and mask.dim() == 4:
         options = replace(options, causal=False, window_left=-1, window_right=-1)
-    columns = key.shape[2] if mask is None or mask.dim() == 4 else mask.shape[1]
+    room = key.shape[2]
+    columns = room if mask is None or mask.dim() == 4 else mask.shape[1]
     key, value = key[:, :, :columns], value[:, :, :columns]  # a static cache holds more columns than it has filled
     bias = as_matrix(mask)
     if position_bias is not None:
-        position_bias = position_bias[..., :columns]
+        if position_bias.shape[-1] == room:
+            position_bias = position_bias[..., :columns]
         if bias is None:
             bias = position_bias
         elif bias.dtype == torch.bool:
@@ -198,10 +209,10 @@ def _biased(query, key, value, mask, position_bias, options: _Options) -> torch.
         else:
             bias = position_bias + bias
     sizes = (*query.shape[:3], key.shape[2])
-    if any(got not in (1, size) for got, size in zip(bias.shape, sizes, strict=True)):
+    if bias.dim() != 4 or any(got not in (1, size) for got, size in zip(bias.shape, sizes, strict=True)):
         raise ArgumentError(
-            f"`attention_mask` must have shape {sizes}, 1 where all are alike, got {tuple(bias.shape)}: "
-            "(batch, heads, queries, keys)"
+            f"`attention_mask` and `position_bias` must have shape {sizes}, (batch, heads, queries, keys), or 1 where "
+            f"all are alike, got {tuple(bias.shape)}"
         )
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     return _forward(query, key, value, options, bias=bias, max_seqlen_q=query.shape[1], max_seqlen_k=key.shape[1])

@@ -174,6 +174,6 @@ def as_matrix(mask: torch.Tensor | None) -> torch.Tensor | None:
     """
     if mask is None or mask.dim() == 4:
         return mask
-    if mask.dtype == torch.bool:
-        return mask[:, None, None, :]
-    return mask[:, None, :, None] == mask[:, None, None, :]  # packed rows
+    if mask.dtype == torch.int32:  # packed rows
+        return mask[:, None, :, None] == mask[:, None, None, :]
+    return mask.bool()[:, None, None, :]

@@ -100,8 +100,12 @@ class BlockManager:
             num_blocks=num_blocks,
         )
 
-    def undo(self, change: Append) -> None:
-        """Takes back the last `append`, to the last block: for a device that had no room for what it planned."""
+    def undo(self, change: Append, room: int = 0) -> None:
+        """Takes back the last `append`: for a device that had no room for what it planned.
+
+        Of the blocks that `append` added, `room` in all stay, free.
+        """
+        num_blocks = max(change.num_blocks, min(room, self.num_blocks))
         self.table[change.rows, change.columns] = -1
         copied = slice(0, len(change.copies))
         sources = change.copies[:, 0]
@@ -109,9 +113,9 @@ class BlockManager:
         np.add.at(self.references, sources, 1)
         self.references[change.blocks] = 0
         free = [*self._free, *reversed(change.blocks.tolist())]
-        self._free = [block for block in free if block < change.num_blocks]
-        self.references = self.references[: change.num_blocks]
-        self.lengths, self.num_blocks = change.lengths, change.num_blocks
+        self._free = [block for block in free if block < num_blocks]
+        self.references = self.references[:num_blocks]
+        self.lengths, self.num_blocks = change.lengths, num_blocks
 
     def truncate(self, lengths: np.ndarray) -> None:
         """Shortens row b to `lengths[b]` tokens and releases the blocks behind them."""

@@ -2,7 +2,14 @@
 
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """`array` as a tensor on `device`; to CUDA through pinned memory, so that the host does not wait."""
+    tensor = torch.tensor(array)  # a copy: the host goes on writing into its arrays
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @dataclass
@@ -23,6 +30,7 @@ class ForwardStep:
         max_seqlen_q: no row adds more tokens, int.
         num_blocks: blocks that a layer's pool must have, int.
         copies: int64 (n, 2), blocks to copy (source, target) before storing; None for none.
+        knows_mask: the mask function told which columns are padding; else a mask that attention gets says more.
     """
 
     start: int
@@ -37,6 +45,7 @@ class ForwardStep:
     indices: torch.Tensor | None = None
     cu_seqlens_q: torch.Tensor | None = None
     copies: torch.Tensor | None = None
+    knows_mask: bool = False
     _on_device: dict[torch.device, "ForwardStep"] = field(default_factory=dict, repr=False)
 
     def to(self, device: torch.device) -> "ForwardStep":

@@ -37,5 +37,5 @@ def announce_mask(attention_mask: torch.Tensor | None, q_length: int, kv_length:
     group = reference() if reference is not None else None
     if group is None or sizes != (q_length, kv_length):
         return False
-    group.pending_mask = attention_mask
+    group.pending_mask, group.is_announced = attention_mask, True
     return True

@@ -1,6 +1,6 @@
 """Layers that share block tables: their tokens, their blocks, and the step that the current forward takes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -8,7 +8,8 @@ import torch
 from ..errors import ArgumentError, CacheFullError
 from .block_manager import Append, BlockManager
 from .block_pool import BlockPool
-from .forward_step import ForwardStep
+from .forward_step import ForwardStep, to_device
+from .layer_pools import LayerPools, growth_error
 from .mask_handoff import expect_mask, expect_no_mask
 
 
@@ -16,7 +17,7 @@ from .mask_handoff import expect_mask, expect_no_mask
 class _Before:
     """What a forward changed in a group, to take it back."""
 
-    change: Append
+    change: Append | None
     mask: torch.Tensor | None
     cache_seqlens: torch.Tensor | None
     exact: bool
@@ -31,46 +32,33 @@ class PageGroup:
     """
 
     def __init__(self, block_size: int, num_layers: int, num_blocks: int | None, max_memory: int | None) -> None:
-        self.manager = BlockManager(block_size, num_blocks)
-        self.num_layers = num_layers
-        self.max_memory = max_memory
-        self._max_blocks = num_blocks
-        self.pools: list[BlockPool] = []
+        self.block_size = block_size
+        self.pools = LayerPools(num_layers, num_blocks, max_memory)
         self.clear()
 
     def clear(self) -> None:
         """Forgets every token and gives the memory back."""
-        self.manager = BlockManager(self.manager.block_size, self._max_blocks)
+        self.manager = BlockManager(self.block_size, self.pools.num_blocks)
         self.pools.clear()
         self.columns = 0
         self.layer_columns: dict[int, int] = {}  # columns that each layer has stored, by layer index
         self.step: ForwardStep | None = None
-        self.pending_mask: torch.Tensor | None = None
+        self.pending_mask: torch.Tensor | None = None  # of the forward to come, once announced
+        self.is_announced = False
         self._mask: torch.Tensor | None = None  # bool (batch, n <= columns), later columns are real; None: all real
         self._exact = True
-        self._before: _Before | None = None
+        self._before: _Before | None = None  # the step; None once it can't be taken back
         self._cache_seqlens: torch.Tensor | None = None
         self._block_table: torch.Tensor | None = None
-
-    @property
-    def block_size(self) -> int:
-        return self.manager.block_size
 
     @property
     def batch(self) -> int:
         return len(self.manager.lengths)
 
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of one block over all layers; layers that have not stored yet count as the mean of those that have."""
-        if not self.pools:
-            return 0
-        return sum(pool.block_bytes for pool in self.pools) * self.num_layers // len(self.pools)
-
     def mask_sizes(self, q_length: int) -> tuple[int, int]:
         """(kv_length, kv_offset) for transformers' masks, and notice of the mask that follows."""
         kv_length = self.columns + q_length
-        self.pending_mask = None
+        self.pending_mask, self.is_announced = None, False
         expect_mask(self, (q_length, kv_length))
         return kv_length, 0
 
@@ -98,19 +86,24 @@ class PageGroup:
                 f"`attention_mask` must cover the {self.columns} cached and {q_length} new columns of {batch} rows, "
                 f"shape {(batch, self.columns + q_length)}, got {tuple(mask.shape)}"
             )
-        on_device = mask is not None and mask.is_cuda or not self._exact
-        known, cache_seqlens, exact = self._mask, self._cache_seqlens, self._exact
-        if device.type == "cuda" and q_length == 1 and self.columns > 0 and on_device:
-            step, change = self._decode_on_device(mask, device)
-        else:
+        on_device = self._counts_on_device(mask, q_length, device)
+        if not on_device:
             self.sync_lengths()
-            cache_seqlens, exact = self._cache_seqlens, True
-            step, change = self._step_on_host(mask, q_length, device)
-        self._before = _Before(change, known, cache_seqlens, exact)
+        self._before = _Before(None, self._mask, self._cache_seqlens, self._exact)
+        try:
+            step = self._decode_on_device(mask, device) if on_device else self._step_on_host(mask, q_length, device)
+        except BaseException:
+            self._undo(self.columns)
+            raise
         self._mask = mask if mask is not None else self._mask
+        step.knows_mask, self.is_announced = self.is_announced, False
         self.columns = step.end
         self.step = step
         return step
+
+    def _counts_on_device(self, mask: torch.Tensor | None, q_length: int, device: torch.device) -> bool:
+        on_device = mask is not None and mask.is_cuda or not self._exact
+        return device.type == "cuda" and q_length == 1 and self.columns > 0 and on_device
 
     def join_pool(self, pool: BlockPool, step: ForwardStep) -> None:
         """Makes room in the pool of a layer that stores for the first time; the others grow in `begin`.
@@ -118,13 +111,12 @@ class PageGroup:
         Raises:
             CacheFullError: no room under `max_memory` or on the device; the group is as it was before the step.
         """
-        blocks = self.manager.num_blocks
-        cap = self._cap_blocks(blocks)
-        if blocks > cap:  # layers differ in size, and the first ones were the smaller ones
-            self._undo(step)
+        blocks, cap = self.manager.num_blocks, self.pools.cap
+        if cap is not None and blocks > cap:  # layers differ in size, and the first ones were the smaller ones
+            self._undo(step.start)
             raise CacheFullError(
-                f"the paged cache is full: {blocks} blocks take more than `max_memory`, {self.max_memory} bytes. The "
-                "tokens stored before this forward are intact: raise `max_memory`, shorten or split the batch",
+                f"the paged cache is full: {blocks} blocks take more than the {self.pools.max_memory} bytes of "
+                "`max_memory`. The tokens stored before this forward are intact: raise it, shorten or split the batch",
                 blocks_needed=blocks,
                 blocks_free=cap,
             )
@@ -132,54 +124,33 @@ class PageGroup:
             pool.grow(step.num_blocks)
         except BaseException as error:
             needed = len(self._before.change.blocks)
-            self._undo(step)
-            raise self._out_of_memory(needed, error) from error
-
-    def _undo(self, step: ForwardStep) -> None:
-        """Takes back the step that has just begun: what layers stored for it is forgotten."""
-        before = self._before
-        self.manager.undo(before.change)
-        self._mask, self._cache_seqlens, self._exact = before.mask, before.cache_seqlens, before.exact
-        if step.start == 0:
-            for pool in self.pools:
-                pool.release()  # too large, as it turned out: the next forward may be smaller
-            self.manager = BlockManager(self.block_size, self.manager.max_blocks)
-        self._step_gone(step.start)
-
-    def _cap_blocks(self, default: int | None = None) -> int | None:
-        """The cap in blocks, of `num_blocks` and `max_memory` the lower; `default` for none."""
-        caps = [] if self._max_blocks is None else [self._max_blocks]
-        if self.max_memory is not None and self.pools:
-            caps.append(self.max_memory // self.block_bytes)
-        return min(caps, default=default)
+            self._undo(step.start)
+            raise growth_error(error, needed, self.manager.blocks_free) from error
 
     def _append(self, counts: np.ndarray) -> Append:
-        """`manager.append`, with the layers' pools grown to match, or neither."""
-        self.manager.max_blocks = self._cap_blocks()
+        """`manager.append`, with the layers' pools grown to match."""
+        self.manager.max_blocks = self.pools.cap
         change = self.manager.append(counts)
+        self._before = replace(self._before, change=change)
         try:
-            freed = sum(pool.grow(self.manager.num_blocks) for pool in self.pools)
+            self.pools.grow(self.manager.num_blocks)
         except BaseException as error:
-            self.manager.undo(change)
-            raise self._out_of_memory(len(change.blocks), error) from error
-        if freed > 32 * 2**20 and self.pools[0].key.is_cuda:
-            torch.cuda.empty_cache()  # the old pools' memory fits no later request: growth is rare, hand it back
+            free = self.manager.blocks_free + len(change.blocks) - (self.manager.num_blocks - change.num_blocks)
+            raise growth_error(error, len(change.blocks), free) from error
         return change
 
-    def _out_of_memory(self, blocks_needed: int, error: BaseException) -> BaseException:
-        """What to raise when a pool could not grow because of `error`."""
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            return error
-        return CacheFullError(
-            f"the device has no memory for {blocks_needed} more blocks of the paged cache, {self.manager.blocks_free} "
-            "are free. The tokens stored before this forward are intact: shorten or split the batch, or free memory",
-            blocks_needed=blocks_needed,
-            blocks_free=self.manager.blocks_free,
-        )
+    def _undo(self, columns: int) -> None:
+        """Takes back the step that has begun at `columns`: what layers stored for it is forgotten."""
+        before = self._before
+        if before.change is not None:
+            self.manager.undo(before.change, self.pools.room)
+            if columns == 0:
+                self.pools.release()  # too large, as it turned out: the next forward may be smaller
+                self.manager = BlockManager(self.block_size, self.manager.max_blocks)
+        self._mask, self._cache_seqlens, self._exact = before.mask, before.cache_seqlens, before.exact
+        self._step_gone(columns)
 
-    def _step_on_host(
-        self, mask: torch.Tensor | None, q_length: int, device: torch.device
-    ) -> tuple[ForwardStep, Append]:
+    def _step_on_host(self, mask: torch.Tensor | None, q_length: int, device: torch.device) -> ForwardStep:
         batch, start = self.batch, self.columns
         new = np.ones((batch, q_length), bool)
         if mask is not None:
@@ -196,7 +167,7 @@ class PageGroup:
             indices = to_device(np.flatnonzero(new), device)
             cu_seqlens_q = to_device(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32), device)
         self._cache_seqlens = to_device(self.manager.lengths.astype(np.int32), device)
-        step = ForwardStep(
+        return ForwardStep(
             start=start,
             end=start + q_length,
             batch=batch,
@@ -210,9 +181,8 @@ class PageGroup:
             cu_seqlens_q=cu_seqlens_q,
             copies=to_device(change.copies, device) if len(change.copies) else None,
         )
-        return step, change
 
-    def _decode_on_device(self, mask: torch.Tensor | None, device: torch.device) -> tuple[ForwardStep, Append]:
+    def _decode_on_device(self, mask: torch.Tensor | None, device: torch.device) -> ForwardStep:
         # No value is read back: where a row's new column is padding, the device knows, the host counts it as a token.
         change = self._append(np.ones(self.batch, np.int64))
         self._exact = False
@@ -226,7 +196,7 @@ class PageGroup:
             real = mask[:, -1].to(device)
             slots = torch.where(real, slots, -1)
             self._cache_seqlens = before + real
-        step = ForwardStep(
+        return ForwardStep(
             start=self.columns,
             end=self.columns + 1,
             batch=self.batch,
@@ -238,7 +208,6 @@ class PageGroup:
             num_blocks=self.manager.num_blocks,
             copies=to_device(change.copies, device) if len(change.copies) else None,
         )
-        return step, change
 
     def _table_on(self, device: torch.device, change: Append) -> torch.Tensor:
         """The block table on `device`, only the changed entries sent where that is possible."""
@@ -266,7 +235,7 @@ class PageGroup:
         if not self._exact:
             self.manager.truncate(self._cache_seqlens.cpu().numpy().astype(np.int64))
             self._exact = True
-            self._block_table = None
+            self._block_table = self._before = None
 
     def column_slots(self, columns: int, device: torch.device) -> torch.Tensor:
         """Slots int64 (batch, columns) of the first `columns` columns, -1 for padding."""
@@ -286,6 +255,9 @@ class PageGroup:
 
     def truncate(self, columns: int) -> None:
         """Drops all columns from `columns` on, and the blocks behind them."""
+        step = self.step
+        if step is not None and step.copies is not None and self._before is not None and columns <= step.start:
+            self._undo(step.start)  # layers that a broken forward did not reach have copied nothing yet
         self.sync_lengths()
         real = self.real_columns()
         lengths = np.full(self.batch, columns) if real is None else real[:, :columns].sum(1)
@@ -323,9 +295,3 @@ class PageGroup:
                 f"{'a token' if stored[row, column] else 'padding'}): padding is never stored and tokens can't be "
                 "masked afterwards. Keep the earlier columns as they were, or start a new cache"
             )
-
-
-def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """`array` as a tensor on `device`; to CUDA through pinned memory, so that the host does not wait."""
-    tensor = torch.tensor(array)  # a copy: the host goes on writing into its arrays
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -123,8 +123,8 @@ class PagedCache(Cache):
         group = self.group
         group.sync_lengths()
         manager, tokens = group.manager, group.manager.stored_tokens()
-        reserved = sum(pool.bytes_reserved for pool in group.pools)
-        stored = tokens * sum(pool.block_bytes // group.block_size for pool in group.pools)
+        reserved = group.pools.bytes_reserved
+        stored = tokens * (group.pools.stored_block_bytes // group.block_size)
         return CacheMemory(
             bytes_reserved=reserved,
             bytes_stored=stored,

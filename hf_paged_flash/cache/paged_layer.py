@@ -57,7 +57,7 @@ class PagedLayer(CacheLayerMixin):
         # of what attention and the model see; the pool may store in another dtype
         self.dtype, self.device = min(key_states.dtype, value_states.dtype, key=_itemsize), key_states.device
         self._nan = torch.full((1, 1, 1, 1), float("nan"), dtype=self.dtype, device=self.device)
-        self.group.pools.append(self.pool)
+        self.group.pools.add(self.pool)
         self.is_initialized = True
 
     def update(

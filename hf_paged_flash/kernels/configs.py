@@ -148,24 +148,22 @@ def decode_tile(block_d: int, block_dv: int, rows: int, dtype: torch.dtype, devi
     return Tile(16, 16, 4, 1)
 
 
-def decode_splits(batch: int, num_programs: int, device: Device) -> tuple[int, int]:
-    """How many programs share the keys of a row of average length, and at most those of a longer one.
+def decode_splits(programs: int, device: Device) -> int:
+    """How many programs share a row's keys, at most; `programs` is the grid without splits.
 
-    From sizes known without asking the device; `num_programs` a row, without splits. Shared memory lets 3 programs run
-    at once on an SM, 2 keep the memory busy.
+    From sizes known without asking the device. Shared memory lets 3 programs run at once on an SM, 2 keep the memory
+    busy: one round of 2 is best, then full rounds of 3.
     """
-    programs, at_once = batch * num_programs, 3 * device.num_sms
+    at_once = 3 * device.num_sms
     if programs <= at_once:
-        splits = max(1, min(128, round(2 * device.num_sms / programs)))
-        return splits, min(128, splits * min(batch, 4))
+        return max(1, min(128, round(2 * device.num_sms / programs)))
 
     def cost(splits):  # of a last round that is not full and of the reduction, fitted to times on an H200
         full, rest = divmod(programs * splits, at_once)
         rounds = full + (0.35 + 0.65 * rest / at_once if rest else 0)
         return rounds * at_once / (programs * splits) + 0.01 * splits + 0.03 * (splits > 1)
 
-    splits = min(range(1, 5), key=cost)
-    return splits, splits if splits == 1 else 2 * splits
+    return min(range(1, 4), key=cost)
 
 
 def reduce_tile(splits: int, block_dv: int) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from .primitives import (
 
 
 # lengths must not compile anew when they turn into multiples of 16
-@triton.jit(do_not_specialize=["stride_table", "max_seqlen_k", "splits", "window_left", "window_right"])
+@triton.jit(do_not_specialize=["stride_table", "max_seqlen_k", "window_left", "window_right"])
 def _paged_decode_kernel(
     Q,
     K,
@@ -41,7 +41,6 @@ def _paged_decode_kernel(
     stride_table,
     num_heads,
     max_seqlen_k,
-    splits,
     scale_log2,
     tanh_scale,
     window_left,
@@ -51,7 +50,6 @@ def _paged_decode_kernel(
     HEAD_DIM: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
     SPLIT: tl.constexpr,
-    BALANCE: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -95,22 +93,7 @@ def _paged_decode_kernel(
     if HAS_RIGHT:
         end = tl.minimum(seqlen_k, tl.maximum(seqlen_k + window_right, 0))
     last_tile = (end + BLOCK_N - 1) // BLOCK_N
-    row_splits = num_splits
-    if BALANCE:
-        # as many splits as the row's share of the batch's keys: `splits` for a row of average length
-        batch = tl.num_programs(1)
-        reach = max_seqlen_k
-        if HAS_LEFT:
-            reach = tl.minimum(reach, window_left + SEQLEN_Q)
-        keys = tl.zeros([128], tl.float32)
-        for start_b in range(0, batch, 128):
-            offs_b = start_b + tl.arange(0, 128)
-            lengths = tl.load(cache_seqlens + offs_b, mask=offs_b < batch, other=0)
-            keys += tl.minimum(tl.maximum(lengths, 0), reach).to(tl.float32)
-        average = tl.maximum(tl.sum(keys, 0) / batch, 1.0)
-        wanted = tl.minimum(seqlen_k, reach) / average * splits + 0.5
-        row_splits = tl.minimum(tl.maximum(wanted.to(tl.int32), 1), num_splits)
-    tiles = (last_tile - first_tile + row_splits - 1) // row_splits
+    tiles = (last_tile - first_tile + num_splits - 1) // num_splits
     begin = (first_tile + split * tiles) * BLOCK_N
     end = tl.minimum(end, begin + tiles * BLOCK_N)
 
@@ -221,8 +204,7 @@ def paged_decode(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launches the split and the reduce kernel; arguments and results as `hf_paged_flash.ops.reference.paged_decode`.
 
-    `num_splits` 0 chooses from the SM count and the table's width, and gives long rows more than short ones on the
-    device; no length is read on the host.
+    `num_splits` 0 chooses from the SM count and the table's width; no length is read on the host.
     """
     q = last_dim_contiguous(q)
     batch, seqlen_q, num_heads, head_dim = q.shape
@@ -242,10 +224,10 @@ def paged_decode(
     device = configs.device_of(q)
     tile = configs.decode_tile(block_d, block_dv, seqlen_q * group, q.dtype, device)
     tiles_m = triton.cdiv(seqlen_q * group, tile.block_m)
-    splits = most_splits = num_splits
+    most_splits = num_splits
     if num_splits <= 0:
-        splits, most_splits = configs.decode_splits(batch, num_kv_heads * tiles_m, device)
-        num_splits = max(1, min(most_splits, triton.cdiv(max_seqlen_k, tile.block_n)))
+        most_splits = configs.decode_splits(batch * num_kv_heads * tiles_m, device)
+        num_splits = max(1, min(most_splits, triton.cdiv(max_seqlen_k, 2 * tile.block_n)))
     split = most_splits > 1  # num_splits grows with the table: one compilation serves every length
     partial_out, partial_lse = out, lse
     if split:
@@ -274,7 +256,6 @@ def paged_decode(
             stride_table=0 if block_table is None else block_table.stride(0),
             num_heads=num_heads,
             max_seqlen_k=max_seqlen_k,
-            splits=splits,
             scale_log2=scale_log2,
             tanh_scale=tanh_scale,
             window_left=window_left,
@@ -284,7 +265,6 @@ def paged_decode(
             HEAD_DIM=head_dim,
             V_HEAD_DIM=v_head_dim,
             SPLIT=split,
-            BALANCE=most_splits > splits,
             HAS_LEFT=window_left >= 0,
             HAS_RIGHT=window_right >= 0,
             HAS_SOFTCAP=softcap > 0,

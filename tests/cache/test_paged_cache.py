@@ -11,7 +11,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from hf_paged_flash import ArgumentError, CacheFullError, PagedCache, PagedFlashError, UnsupportedFeatureError
+from hf_paged_flash.cache import page_group
 from hf_paged_flash.cache.block_pool import BlockPool
+from hf_paged_flash.cache.page_group import PageGroup
 from tests.tiny_models import ragged_batch, tiny_config, tiny_model
 
 ROW_BYTES = 3 * 2 * 2 * 16 * 4  # a token of the tiny Llama: layers, K and V, KV heads, head_dim, fp32
@@ -300,6 +302,47 @@ class TestHalfAForward:
         torch.testing.assert_close(logits, whole, rtol=0, atol=1e-5)
 
 
+    @pytest.mark.parametrize("layer", [0, 1, 2])
+    @pytest.mark.parametrize("length", [12, 16, 20])
+    def test_rows_that_were_about_to_part_stay_together(self, model, monkeypatch, layer, length):
+        """Layers that the broken forward did not reach hold nothing in the blocks it meant to copy to."""
+        caches = [PagedCache(model.config) for _ in range(2)]
+        for cache in caches:
+            extend(model, cache, ragged_batch([length], None)[0])
+            cache.batch_repeat_interleave(3)
+        token = torch.tensor([[5], [6], [7]])
+
+        def broken(*args, **kwargs):
+            raise torch.OutOfMemoryError("in the layer")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(model.model.layers[layer].mlp, "forward", broken)
+            with pytest.raises(torch.OutOfMemoryError):
+                extend(model, caches[0], token)
+        caches[0].crop(-1)
+        for held in ("tokens", "blocks_used", "blocks_shared"):
+            assert getattr(caches[0].memory(), held) == getattr(caches[1].memory(), held)
+        assert torch.equal(extend(model, caches[0], token), extend(model, caches[1], token))
+
+    def test_no_room_for_what_a_step_needs_itself(self, model, monkeypatch):
+        cache = PagedCache(model.config)
+        extend(model, cache, ragged_batch([12, 12], None)[0])
+        cache.batch_select_indices(torch.tensor([0, 0]))
+        memory = cache.memory()
+
+        def broken(*args, **kwargs):
+            raise torch.OutOfMemoryError("in the step")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(page_group, "to_device", broken)
+            with pytest.raises(torch.OutOfMemoryError):
+                extend(model, cache, torch.tensor([[5], [6]]))
+        assert cache.memory() == memory
+        assert cache.get_seq_length() == 12
+        assert extend(model, cache, torch.tensor([[5], [6]])).shape == (2, 1, 97)
+        assert cache.group.manager.lengths.tolist() == [13, 13]
+
+
 class TestRowsAndColumns:
     @pytest.mark.parametrize("pad", ["left", "right"])
     @pytest.mark.parametrize("by", ["negative", "positive"])
@@ -430,6 +473,84 @@ class TestRowsAndColumns:
         logits = extend(model, cache, input_ids[:, 7:], torch.ones(2, 12, dtype=torch.long))
         whole = extend(model, PagedCache(model.config), input_ids)[:, 7:]
         torch.testing.assert_close(logits, whole, rtol=0, atol=1e-5)
+
+
+@pytest.fixture
+def counting_on_device(monkeypatch):
+    """Decode steps as on a GPU: no length is read back, the host plans with upper bounds."""
+    taken = []
+
+    def on_device(self, mask, q_length, device):
+        chosen = q_length == 1 and self.columns > 0 and (mask is not None or not self._exact)
+        taken.append(chosen)
+        return chosen
+
+    monkeypatch.setattr(PageGroup, "_counts_on_device", on_device)
+    return taken
+
+
+class TestCountingOnTheDevice:
+    """What a GPU does in a decode step, on CPU tensors."""
+
+    @pytest.mark.parametrize("pad", ["left", "right"])
+    def test_generate(self, model, eager, counting_on_device, pad):
+        options = {"max_new_tokens": 40, "do_sample": False}
+        lengths = [30, 16, 1]
+        ours = model.generate(ragged_batch(lengths, pad)[0], attention_mask=ragged_batch(lengths, pad)[1], **options)
+        input_ids, mask = ragged_batch(lengths)
+        assert torch.equal(ours[:, 30:], eager.generate(input_ids, attention_mask=mask, **options)[:, 30:])
+        assert sum(counting_on_device) == 39
+
+    def test_beams(self, model, eager, counting_on_device):
+        input_ids, mask = ragged_batch([30, 16, 1])
+        options = {"max_new_tokens": 20, "do_sample": False, "num_beams": 4}
+        ours = model.generate(input_ids, attention_mask=mask, **options)
+        assert torch.equal(ours, eager.generate(input_ids, attention_mask=mask, **options))
+        assert any(counting_on_device)
+
+    def test_rows_that_pause(self, model, counting_on_device):
+        """Padding in decode steps: the host counts it as a token until the truth is read."""
+        input_ids, mask = ragged_batch([20, 15, 3])
+        steps, _ = ragged_batch([40] * 3, None, seed=4)
+        pauses = torch.rand(3, 40, generator=torch.Generator().manual_seed(0)) < 0.5
+        mask = torch.cat([mask, (~pauses).long()], 1)
+        tokens = torch.cat([input_ids, steps], 1)
+        position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+        cache, logits = PagedCache(model.config), []
+        with torch.no_grad():
+            for start, end in [(0, 20)] + [(20 + i, 21 + i) for i in range(30)] + [(50, 60)]:
+                part = {"attention_mask": mask[:, :end], "position_ids": position_ids[:, start:end]}
+                logits.append(model(tokens[:, start:end], past_key_values=cache, **part).logits)
+                if end == 33:
+                    assert cache.group.manager.lengths.sum() > mask[:, :33].sum()  # bounds
+                    assert cache.memory().tokens == int(mask[:, :33].sum())  # the truth
+                if end == 40:
+                    cache.crop(-3)
+                    part = {"attention_mask": mask[:, :40], "position_ids": position_ids[:, 37:40]}
+                    model(tokens[:, 37:40], past_key_values=cache, **part)
+        assert sum(counting_on_device) == 30
+        assert cache.memory().tokens == int(mask.sum())
+        assert cache.memory().blocks_used == sum(-(-int(n) // 16) for n in mask.sum(1))
+        logits = torch.cat(logits, 1)
+        for row in range(3):
+            real = mask[row].bool()
+            alone = extend(model, PagedCache(model.config), tokens[row][real][None])
+            torch.testing.assert_close(logits[row][real], alone[0], rtol=0, atol=1e-4)
+
+    @pytest.mark.parametrize("failing", [0, 2])
+    def test_out_of_memory(self, model, counting_on_device, monkeypatch, failing):
+        input_ids, mask = ragged_batch([32, 16])
+        token, mask = torch.tensor([[5], [6]]), torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
+        caches = [PagedCache(model.config) for _ in range(2)]
+        for cache in caches:
+            extend(model, cache, input_ids, mask[:, :32])
+        with monkeypatch.context() as patch:
+            out_of_memory_in(patch, {failing})
+            with pytest.raises(CacheFullError):
+                extend(model, caches[0], token, mask)
+        assert caches[0].memory().tokens == caches[1].memory().tokens == 48
+        ours, theirs = (extend(model, cache, token, mask) for cache in caches)
+        assert torch.equal(ours, theirs)
 
 
 class TestLifetime:
@@ -585,7 +706,7 @@ class TestConfigurations:
 
     @pytest.mark.parametrize(("text", "size"), [("4MiB", 4 * 2**20), ("1.5GiB", 3 * 2**29), ("2GB", 2 * 10**9)])
     def test_sizes_with_units(self, text, size):
-        assert PagedCache(tiny_config("llama"), max_memory=text).group.max_memory == size
+        assert PagedCache(tiny_config("llama"), max_memory=text).group.pools.max_memory == size
 
     def test_a_block_larger_than_the_cap_in_bytes(self, model):
         cache = PagedCache(model.config, max_memory=100)
