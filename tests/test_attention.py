@@ -222,6 +222,20 @@ class TestMasksThatTheCacheWasNotTold:
         real = mask.bool()[:, None, :, None].expand_as(out)
         torch.testing.assert_close(out[real], expected[real], rtol=0, atol=1e-5)
 
+    def test_rows_that_have_moved_since_the_last_update(self):
+        """As cross-attention reads its cache in every step after the first."""
+        layer = nn.Module().eval()
+        q, k, v = torch.randn(3, 4, 1, 16), torch.randn(3, 2, 40, 16), torch.randn(3, 2, 40, 16)
+        cache = PagedCache(tiny_config("llama"))
+        cache.update(k, v, 0)
+        for rows in ([2, 0, 1], [1, 1, 0]):
+            cache.reorder_cache(torch.tensor(rows))
+            k, v = k[rows], v[rows]
+            handles = cache.layers[0].keys, cache.layers[0].values
+            out, _ = paged_flash_attention_forward(layer, q, *handles, is_causal=False)
+            expected, _ = paged_flash_attention_forward(layer, q, k, v, is_causal=False)
+            torch.testing.assert_close(out, expected, rtol=0, atol=1e-6)
+
     def test_numbers_to_add_are_refused(self):
         x = torch.randn(1, 2, 4, 16)
         with pytest.raises(UnsupportedFeatureError, match=r"bool or integer.* got \(1, 4\) of torch.float32"):

@@ -652,7 +652,13 @@ class TestLifetime:
             ours = model(input_ids, position_ids=position_ids, use_cache=False).logits
             theirs = eager(input_ids, position_ids=position_ids, use_cache=False).logits
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
-        assert cache.memory().tokens == 20
+        cache = PagedCache(eager.config)
+        extend(eager, cache, input_ids)
+        padded = torch.ones_like(input_ids)
+        padded[0, :5] = 0
+        with torch.no_grad():
+            model(input_ids, attention_mask=padded, use_cache=False)
+        assert cache.group.pending_mask is None and not cache.group.is_announced
 
 
 class TestUnderOtherImplementations:

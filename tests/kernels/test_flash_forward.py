@@ -141,7 +141,7 @@ def test_a_row_does_not_depend_on_its_neighbours(layout, device):
 
 
 @pytest.mark.parametrize("layout", ["varlen", "paged16", "copied-varlen"])
-@pytest.mark.filterwarnings("ignore:All-NaN slice")
+@pytest.mark.filterwarnings("ignore:All-NaN slice", "ignore:invalid value")
 def test_nan_stays_in_its_row(layout, device, request):
     if layout.startswith("copied"):
         request.getfixturevalue("copied")

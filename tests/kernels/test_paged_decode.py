@@ -110,6 +110,19 @@ def test_a_row_does_not_depend_on_its_neighbours(page, device):
         assert torch.equal(out, outs[b]) and torch.equal(lse, lses[b])
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice", "ignore:invalid value")
+@pytest.mark.parametrize("splits", [1, 3])
+def test_nan_stays_in_its_row(splits, device):
+    case = {**PLAIN, "splits": splits, "extras": "sinks"}
+    problem = make(case, device)
+    expected, _ = run(case, problem)
+    for rows in (problem.q, problem.k, problem.v):
+        rows[2].fill_(math.nan)
+    outs, _ = run(case, problem)
+    assert outs[2].isnan().all()
+    assert all(torch.equal(outs[b], expected[b]) for b in (0, 1, 3))
+
+
 @pytest.mark.parametrize("page", [16, 64])
 def test_physical_blocks_change_no_bit(page, device):
     case = {**PLAIN, "page": page}
@@ -134,6 +147,14 @@ def test_how_the_keys_are_divided_changes_no_result(varied, values, device):
         results = run({**case, varied: value}, problem)
         for result, same in zip(results[0] + results[1], expected[0] + expected[1], strict=True):
             torch.testing.assert_close(result, same, rtol=1e-5, atol=1e-5)
+
+
+def test_more_splits_than_are_reduced_at_once(device):
+    case = {**PLAIN, "dims": 256, "heads": (1, 1), "page": 64, "q": 1, "splits": 70}
+    problem = make(case, device, lengths=(70 * 32 - 3, 33))
+    problem.k[0][:-150] *= 0.1  # the last splits count most
+    problem.k[0][-150:] *= 3.0
+    check(problem, *run(case, problem))
 
 
 @pytest.mark.parametrize("splits", [1, 3])
