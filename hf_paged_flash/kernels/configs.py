@@ -102,9 +102,25 @@ def _forward_table(dtype: torch.dtype, capability: int, page_size: int) -> dict[
     return _FORWARD_BLACKWELL if capability < 120 else _FORWARD_GEFORCE_BLACKWELL
 
 
-def forward_tile(block_d: int, block_dv: int, page_size: int, dtype: torch.dtype, device: Device) -> Tile:
-    """The forward kernel's tile for padded head dims `block_d` (K) and `block_dv` (V); `page_size` 0 = not paged."""
+# biases and dropout take registers of their own
+_FORWARD_MODIFIED = {
+    64: (Tile(128, 64, 8, 2),),
+    128: (Tile(64, 32, 8, 2),),
+    256: (Tile(64, 32, 8, 2),),
+    512: (Tile(32, 16, 8, 2),),
+}
+
+
+def forward_tile(
+    block_d: int, block_dv: int, page_size: int, dtype: torch.dtype, device: Device, modified: bool = False
+) -> Tile:
+    """The forward kernel's tile for padded head dims `block_d` (K) and `block_dv` (V).
+
+    `page_size` 0 = not paged; `modified`: with biases or dropout.
+    """
     table = _forward_table(dtype, device.capability, page_size)
+    if modified and dtype.itemsize == 2 and device.capability >= 80:
+        table = _FORWARD_MODIFIED
     widest = max(block_d, block_dv)
     candidates = table[min(limit for limit in table if limit >= widest)]
     for tile in candidates:

@@ -390,7 +390,8 @@ def flash_forward(
     block_dv = max(16, triton.next_power_of_2(v_head_dim))
     page_size = 0 if block_table is None else k.shape[1]
     device = configs.device_of(q)
-    tile = configs.forward_tile(block_d, block_dv, page_size, q.dtype, device)
+    modified = bias is not None or alibi_slopes is not None or dropout_p > 0.0
+    tile = configs.forward_tile(block_d, block_dv, page_size, q.dtype, device, modified)
     q, scale_log2, tanh_scale = score_scales(q, softmax_scale, softcap)
     kv_bytes = max_seqlen_k * (head_dim + v_head_dim) * k.element_size()
     sections = configs.head_sections(num_kv_heads, kv_bytes, device)

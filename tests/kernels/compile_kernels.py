@@ -116,6 +116,7 @@ def representative_backward() -> list[Case]:
         cases += [_backward(arch, "bf16", d) for arch in (86, 120)] + [_backward(90, "fp32", d)]
     cases += [_backward(90, "bf16", 64, causal=False, packed=True), _backward(90, "bf16", 128, **EVERYTHING)]
     cases += [make(90, "bf16", 128, **modifier) for make in (_forward, _backward) for modifier in MODIFIERS]
+    cases += [_forward(arch, "bf16", d, bias=True) for arch in (80, 100) for d in (64, 128, 256)]
     return cases
 
 
