@@ -1,9 +1,9 @@
 """FlashAttention forward for Hopper (sm_90) in Triton's Gluon: dense and packed keys, causal and full.
 
 One warp copies tiles of Q, K and V into shared memory with the copy engine (TMA); two or three warpgroups consume
-them, each with rows of its own. As in FlashAttention-3 (Shah et al. 2024), a warpgroup issues the next S = Q K^T before the
-present P V, so that its softmax runs under a product, and warpgroups may take turns at the tensor cores (ping-pong).
-A block stays on its SM and draws query tiles from a counter, longest first.
+them, each with rows of its own. As in FlashAttention-3 (Shah et al. 2024), a warpgroup issues the next S = Q K^T
+before the present P V, so that its softmax runs under a product, and warpgroups may take turns at the tensor cores
+(ping-pong). A block stays on its SM and draws query tiles from a counter, longest first.
 """
 
 import triton.experimental.gluon.language as gl
