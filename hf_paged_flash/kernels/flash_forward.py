@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import configs
+from . import configs, hopper
 from .modifiers import add_biases, dropout_factors, modifier_arguments
 from .primitives import (
     LOG2_E,
@@ -363,7 +363,20 @@ def flash_forward(
     dropout_p: float = 0.0,
     dropout_seed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launches `_flash_forward_kernel`; arguments and results as in `hf_paged_flash.ops.reference.flash_forward`."""
+    """Launches `_flash_forward_kernel`, or Hopper's own kernel where there is one for the call.
+
+    Arguments and results as in `hf_paged_flash.ops.reference.flash_forward`.
+    """
+    if hopper.unavailable(q.device) is None and hopper.supports(
+        q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, block_table=block_table,
+        causal=causal, window_left=window_left, window_right=window_right, softcap=softcap, s_aux=s_aux,
+    ):  # fmt: skip
+        from .hopper.flash_forward import flash_forward as hopper_flash_forward
+
+        return hopper_flash_forward(
+            q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k, softmax_scale=softmax_scale, causal=causal,
+        )  # fmt: skip
     packed_q = cu_seqlens_q is not None
     packed_k = k.dim() == 3
     q, k, v = last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
