@@ -33,6 +33,8 @@ def _settle_device(device: str) -> torch.device:
 
     if device == "cpu":
         return PartialState(cpu=True).device
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ArgumentError(f"`device` is {device!r}, but torch finds no GPU: leave it at auto, or pass cpu")
     return PartialState().device if device == "auto" else torch.device(device)
 
 

@@ -28,7 +28,7 @@ def launch(app: Callable, arguments: Sequence[str] | None = None, program: str |
             raise
         print(f"error: {error.name} is not installed: pip install 'hf-paged-flash[eval]'", file=sys.stderr)
         sys.exit(2)
-    except (PagedFlashError, FileNotFoundError) as error:
+    except (PagedFlashError, OSError) as error:  # OSError: files, and models that transformers does not find
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from hf_paged_flash.errors import ArgumentError
@@ -125,3 +126,9 @@ def test_shipped_model_on_a_gpu(dtype, tolerance):
     assert summary["tolerance"] == tolerance and not summary["counters"]["reference"]
     # On every way keys and values came through the kernels.
     assert set(summary["counters"]["kernel"]) == {"flash_forward", "paged_decode", "store_kv"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_named():
+    with pytest.raises(ArgumentError, match="`device` is 'cuda:1', but torch finds no GPU"):
+        perplexity._settle_device("cuda:1")
