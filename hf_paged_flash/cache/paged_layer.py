@@ -1,5 +1,7 @@
 """One layer of a PagedCache, as transformers sees it."""
 
+from operator import attrgetter
+
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
@@ -8,10 +10,6 @@ from .block_pool import BlockPool
 from .forward_step import ForwardStep
 from .page_group import PageGroup
 from .paged_tensor import PagedTensor
-
-
-def _itemsize(dtype: torch.dtype) -> int:
-    return dtype.itemsize
 
 
 class PagedLayer(CacheLayerMixin):
@@ -55,7 +53,8 @@ class PagedLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.pool = BlockPool(self.group.block_size, key_states, value_states, self._dtype)
         # of what attention and the model see; the pool may store in another dtype
-        self.dtype, self.device = min(key_states.dtype, value_states.dtype, key=_itemsize), key_states.device
+        self.dtype = min(key_states.dtype, value_states.dtype, key=attrgetter("itemsize"))
+        self.device = key_states.device
         self._nan = torch.full((1, 1, 1, 1), float("nan"), dtype=self.dtype, device=self.device)
         self.group.pools.add(self.pool)
         self.is_initialized = True
@@ -67,6 +66,7 @@ class PagedLayer(CacheLayerMixin):
 
         Raises:
             CacheFullError: no room; what was stored before this forward is intact in every layer.
+            UnsupportedFeatureError: the call is traced as one graph (`torch.compile(fullgraph=True)`, `torch.export`).
         """
         if torch.compiler.is_compiling():
             raise UnsupportedFeatureError(
