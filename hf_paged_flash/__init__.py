@@ -18,7 +18,7 @@ from .errors import (
     PagedFlashError,
     UnsupportedFeatureError,
 )
-from .ops import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from .ops import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache, merge_states
 from .registration import register, unregister
 
 __version__ = "0.1.0"
@@ -38,6 +38,7 @@ __all__ = [
     "flash_attn_func",
     "flash_attn_varlen_func",
     "flash_attn_with_kvcache",
+    "merge_states",
     "register",
     "reset_counters",
     "unregister",

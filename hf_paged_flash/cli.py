@@ -76,6 +76,8 @@ def info() -> None:
     devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
     for device in devices:
         table.add_row(_device_name(device), _what_runs(device))
+        if device.type == "cuda":
+            table.add_row("", _hopper_kernels(device))
     table.add_row("registered", _registered())
     for patch in _patches():
         table.add_row(f"patch {patch.target}", f"{'applied' if patch.applied else 'not applied'}: {patch.reason}")
@@ -109,6 +111,17 @@ def _what_runs(device) -> str:
         return "the torch reference: backend 'reference'"
     why = "kernels need a CUDA device" if device.type != "cuda" else "triton cannot be imported"
     return f"the torch reference: {why}"
+
+
+def _hopper_kernels(device) -> str:
+    """Whether Hopper's own kernels run on a GPU, or why the portable ones do all the work."""
+    from hf_paged_flash.kernels import hopper
+
+    problem = hopper.unavailable(device)
+    if problem:
+        return f"Hopper's own kernels do not run: {problem}"
+    head_dims = ", ".join(map(str, hopper.HEAD_DIMS))
+    return f"Hopper's own forward (Gluon) for dense and packed bf16 and fp16 of head_dim {head_dims}"
 
 
 def _registered() -> str:

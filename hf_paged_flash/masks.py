@@ -1,4 +1,4 @@
-"""The mask function of "paged_flash": padding as a 2-D mask or packed rows as segment ids, never an S x S matrix.
+"""The mask function of "paged_flash": padding as a 2-D mask or packed rows as segment ids, no S x S matrix for them.
 
 transformers describes a mask by a composed function (causal, window, padding, packed rows, overlays). Causality
 reaches the attention function as an argument of the layer; what is left is handed over as
@@ -10,7 +10,10 @@ reaches the attention function as an argument of the layer; what is left is hand
 With a sliding window it is always a tensor, and has the window as an attribute (`window_of`): not every layer that
 slides says so (Qwen2-MoE, Phi-MoE), and two-sided windows are one key wider here than in the layers' `sliding_window`.
 
-An overlay that none of these can carry (image blocks, chunked attention, a mask function of the user's) is refused.
+What none of these can carry (image blocks in a text, mask functions of the user's) becomes a matrix, bool
+(B, 1, q_length, kv_length), built by transformers' own mask functions: such models pay for it everywhere. While
+torch.compile traces, rows packed by their position_ids become one too: pass `cu_seq_lens_q` and its companions to do
+without. Chunked attention is refused by transformers before it asks for a mask, for any name with "flash" in it.
 """
 
 from collections.abc import Callable
@@ -19,13 +22,8 @@ import torch
 from transformers import masking_utils
 
 from .cache.mask_handoff import announce_mask
-from .errors import UnsupportedFeatureError
 
 _WINDOWS = ("sliding_window_overlay", "sliding_window_bidirectional_overlay")
-_REFUSED = {
-    "chunked_overlay": "chunked attention",
-    "blockwise_overlay": "blocks of tokens that see each other (images in a text)",
-}
 
 
 def _parts(mask_function: Callable) -> list[Callable]:
@@ -49,9 +47,12 @@ def _closure(function: Callable) -> dict:
     return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in function.__closure__), strict=True))
 
 
-def _pattern(mask_function: Callable) -> tuple[torch.Tensor | None, tuple[int, int] | None]:
-    """Segment ids (B, S) of packed rows and (left, right) window, or None. Raises for what can't be handed over."""
-    segments = window = None
+_Window = tuple[int, int] | None
+
+
+def _pattern(mask_function: Callable) -> tuple[torch.Tensor | None, _Window, bool]:
+    """Segment ids (B, S) of packed rows, (left, right) window, each or None, and whether only a matrix says it all."""
+    segments, window, needs_matrix = None, None, False
     for part in _parts(mask_function):
         maker = _maker(part)
         if part in (masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function):
@@ -59,20 +60,26 @@ def _pattern(mask_function: Callable) -> tuple[torch.Tensor | None, tuple[int, i
         if maker in _WINDOWS:
             size = _closure(part)["sliding_window"]
             window = (size - 1, 0) if maker == "sliding_window_overlay" else (size, size)
-            continue
-        if maker == "packed_sequence_mask_function":
+        elif maker == "packed_sequence_mask_function":
             segments = _closure(part)["packed_sequence_mask"]
-            continue
-        asked = _REFUSED.get(maker, "a mask function other than causal, sliding window, padding and packed rows")
-        if maker == "or_masks":
-            asked = " or ".join(
-                _REFUSED.get(_maker(f), "a mask of its own") for f in _closure(part)["mask_functions"][1:]
-            )
-        raise UnsupportedFeatureError(
-            f"this model asks for {asked}, which paged_flash can't honour yet: load it with "
-            'attn_implementation="sdpa" or "eager"'
-        )
-    return segments, window
+        else:
+            needs_matrix = True
+    return segments, window, needs_matrix
+
+
+def _compiled_pattern(mask_function: Callable, arguments: dict) -> tuple[None, _Window, bool]:
+    """`_pattern` while torch.compile traces, which can't look into a closure: by what transformers says beside it.
+
+    It allows to skip a mask only where nothing was put on top of causality and the window (`local_size`).
+    """
+    if mask_function in (masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function):
+        return None, None, False
+    size = arguments.get("local_size")
+    if size is not None and arguments.get("allow_is_causal_skip"):
+        return None, (size - 1, 0), False
+    if size is not None and arguments.get("allow_is_bidirectional_skip"):
+        return None, (size, size), False
+    return None, None, True
 
 
 def window_of(mask: torch.Tensor | None) -> tuple[int, int] | None:
@@ -103,17 +110,26 @@ def paged_flash_mask(
         attention_mask: bool (B, columns so far), False for padding, or None.
 
     Returns:
-        None, bool (B, <= kv_length) or int32 (B, kv_length), perhaps with a window; see the module's docstring.
-
-    Raises:
-        UnsupportedFeatureError: the pattern holds an overlay that can't be honoured.
+        None, bool (B, <= kv_length) or int32 (B, kv_length), perhaps with a window, or bool (B, 1, q_length,
+        kv_length); see the module's docstring.
     """
-    segments, window = _pattern(mask_function)
+    is_compiling = torch.compiler.is_compiling()
+    segments, window, needs_matrix = (
+        _compiled_pattern(mask_function, kwargs) if is_compiling else _pattern(mask_function)
+    )
+    if needs_matrix:
+        announce_mask(None if attention_mask is None else attention_mask.clone(), q_length, kv_length)
+        kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        return masking_utils.sdpa_mask(
+            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **kwargs
+        )
     if segments is not None:  # only without a cache
         mask = segments.to(torch.int32, copy=True)
     else:
         sizes = batch_size, q_length, kv_length, q_offset, kv_offset
-        mask = _padding(attention_mask, sizes, _is_bidirectional(mask_function), kwargs.get("device"))
+        allowed = kwargs.get("allow_is_bidirectional_skip", False)
+        two_sided = allowed if is_compiling else _is_bidirectional(mask_function)
+        mask = _padding(attention_mask, sizes, two_sided, kwargs.get("device"))
     if window is not None:
         if mask is None:
             mask = torch.ones(1, 1, dtype=torch.bool, device=kwargs.get("device")).expand(batch_size, kv_length)
@@ -149,3 +165,15 @@ def _padding(
 
 def _is_bidirectional(mask_function: Callable) -> bool:
     return masking_utils.causal_mask_function not in _parts(mask_function)
+
+
+def as_matrix(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """A mask that `paged_flash_mask` returned, or the user's own 4-D one, as (B | 1, Hq | 1, Sq | 1, Sk).
+
+    Without the causal mask and the window, which the layer or `window_of` tells.
+    """
+    if mask is None or mask.dim() == 4:
+        return mask
+    if mask.dtype == torch.int32:  # packed rows
+        return mask[:, None, :, None] == mask[:, None, None, :]
+    return mask.bool()[:, None, None, :]

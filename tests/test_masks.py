@@ -1,4 +1,6 @@
-"""The mask function: padding, packed rows and windows, never an S x S matrix; what it can't hand over it refuses."""
+"""The mask function: padding, packed rows and windows without an S x S matrix, anything else as one."""
+
+import copy
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from transformers.masking_utils import (
     create_sliding_window_causal_mask,
 )
 
-from hf_paged_flash import PagedCache, UnsupportedFeatureError
+from hf_paged_flash import PagedCache
 from hf_paged_flash.masks import masks_nothing, paged_flash_mask, window_of
 from tests.tiny_models import WINDOW, ragged_batch, tiny_config, tiny_model
 
@@ -172,18 +174,27 @@ class TestTheCache:
         assert paged_flash_mask(3, 20, 20) is None
 
 
-class TestWhatIsRefused:
-    def test_chunked_attention(self):
-        config = AutoConfig.for_model("llama4_text", hidden_size=64, num_hidden_layers=2, attention_chunk_size=32)
-        config._attn_implementation = "paged_flash"
-        with pytest.raises(UnsupportedFeatureError, match='asks for chunked attention.*"sdpa" or "eager"'):
-            create_chunked_causal_mask(**arguments(config, None))
+def as_sdpa(config):
+    """The configuration of a model whose masks transformers builds as matrices."""
+    other = copy.deepcopy(config)
+    other._attn_implementation = "sdpa"
+    return other
 
-    def test_blocks_that_see_each_other(self, config):
+
+class TestWhatBecomesAMatrix:
+    """What lengths can't say is the matrix that transformers' own mask functions build for sdpa."""
+
+    def check(self, create, config, mask, **more):
+        matrix = create(**arguments(config, mask, **more))
+        assert matrix.dtype == torch.bool and matrix.shape == (3, 1, 20, 20) and window_of(matrix) is None
+        assert torch.equal(matrix, create(**arguments(as_sdpa(config), mask, **more)))
+
+    @pytest.mark.parametrize("pad", ["left", "right", None])
+    def test_blocks_that_see_each_other(self, config, pad):
         blocks = torch.full((3, 20), -1)
         blocks[:, 3:9] = 0
-        with pytest.raises(UnsupportedFeatureError, match=r"tokens that see each other \(images in a text\)"):
-            create_causal_mask(**arguments(config, None, block_sequence_ids=blocks))
+        mask = ragged_batch(LENGTHS, pad)[1] if pad else None
+        self.check(create_causal_mask, config, mask, block_sequence_ids=blocks)
 
     @pytest.mark.parametrize("create", [create_causal_mask, create_sliding_window_causal_mask])
     @pytest.mark.parametrize("kind", ["or_mask_function", "and_mask_function"])
@@ -191,25 +202,39 @@ class TestWhatIsRefused:
         def mine(batch_idx, head_idx, q_idx, kv_idx):
             return kv_idx % 2 == 0
 
-        with pytest.raises(UnsupportedFeatureError, match="asks for a mask .*which paged_flash can't honour yet"):
-            create(**arguments(config, None, **{kind: mine}))
+        self.check(create, config, None, **{kind: mine})
 
     def test_a_function_that_only_looks_like_ours(self):
         def sliding_window_overlay(batch_idx, head_idx, q_idx, kv_idx):
             return q_idx == kv_idx
 
-        with pytest.raises(UnsupportedFeatureError, match="a mask function other than"):
-            paged_flash_mask(1, 4, 4, mask_function=sliding_window_overlay)
+        matrix = paged_flash_mask(1, 4, 4, mask_function=sliding_window_overlay)
+        assert torch.equal(matrix, torch.eye(4, dtype=torch.bool)[None, None])
+
+    def test_a_whole_chunk(self):
+        config = AutoConfig.for_model("llama4_text", hidden_size=64, num_hidden_layers=2, attention_chunk_size=32)
+        config._attn_implementation = "paged_flash"
+        matrix = create_chunked_causal_mask(**arguments(config, None))
+        assert torch.equal(matrix, torch.ones(20, 20, dtype=torch.bool).tril().expand(3, 1, -1, -1))
 
     def test_gemma3_with_bidirectional_attention(self):
-        model = tiny_model(tiny_config("gemma3_text", use_bidirectional_attention=True), "paged_flash")
-        with torch.no_grad(), pytest.raises(UnsupportedFeatureError, match="can't honour"):
-            model(ragged_batch([5])[0])
+        config, input_ids = tiny_config("gemma3_text", use_bidirectional_attention=True), ragged_batch([15])[0]
+        with torch.no_grad():
+            ours, theirs = (tiny_model(config, name)(input_ids).logits for name in ("paged_flash", "eager"))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
     @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
-    @pytest.mark.parametrize("use_cache", [False, True])
-    def test_a_matrix_of_the_users(self, dtype, use_cache):
-        model = tiny_model(tiny_config("llama"), "paged_flash")
-        matrix = torch.zeros(1, 1, 5, 5, dtype=dtype)
-        with torch.no_grad(), pytest.raises(UnsupportedFeatureError, match=r"must be 2-D .* got \(1, 1, 5, 5\)"):
-            model(ragged_batch([5])[0], attention_mask=matrix, use_cache=use_cache)
+    @pytest.mark.parametrize("cache", [None, DynamicCache, PagedCache])
+    def test_a_matrix_of_the_users(self, dtype, cache):
+        visible = torch.rand(1, 1, 9, 9, generator=torch.Generator().manual_seed(1)) < 0.5
+        visible |= torch.eye(9, dtype=torch.bool)
+        added = torch.zeros(1, 1, 9, 9).masked_fill_(~visible, torch.finfo(torch.float32).min)
+        config, input_ids = tiny_config("llama"), ragged_batch([9])[0]
+        past = None if cache is None else cache(config=config)
+        with torch.no_grad():
+            mask = visible if dtype == torch.bool else added
+            out = tiny_model(config, "paged_flash")(
+                input_ids, attention_mask=mask, past_key_values=past, use_cache=cache is not None
+            )
+            expected = tiny_model(config, "eager")(input_ids, attention_mask=added).logits
+        torch.testing.assert_close(out.logits, expected, rtol=1e-4, atol=1e-4)

@@ -99,8 +99,9 @@ class TestTheName:
         config = transformers.T5Config(**sizes, decoder_start_token_id=0)
         model = transformers.T5ForConditionalGeneration._from_config(config, attn_implementation="paged_flash")
         assert in_force(model) == ["paged_flash"] * 3
-        with pytest.raises(UnsupportedFeatureError, match="T5Attention passes `position_bias`.*sdpa"):
-            model.eval()(input_ids=torch.ones(1, 4, dtype=torch.long), decoder_input_ids=torch.zeros(1, 1).long())
+        hf_paged_flash.reset_counters()
+        model.eval()(input_ids=torch.ones(1, 4, dtype=torch.long), decoder_input_ids=torch.zeros(1, 1).long())
+        assert hf_paged_flash.counters().reference["flash_forward"] == 6  # encoder, decoder and cross-attention
         model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).eval()
         before = in_force(model)
         model.set_attn_implementation("paged_flash")

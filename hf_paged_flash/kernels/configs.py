@@ -58,6 +58,7 @@ _FORWARD_HOPPER = {
     64: (Tile(64, 128, 4, 2),),
     128: (Tile(64, 64, 4, 3),),
     256: (Tile(128, 64, 8, 2),),
+    512: (Tile(64, 16, 8, 2),),
 }
 # an address for every key costs a warp more than the overlap brings, so that many warps share it
 _FORWARD_HOPPER_SMALL_PAGES = {**_FORWARD_HOPPER, 128: (Tile(128, 128, 8, 2),)}
@@ -65,11 +66,13 @@ _FORWARD_BLACKWELL = {
     64: (Tile(128, 128, 8, 2),),
     128: (Tile(128, 128, 8, 2),),
     256: (Tile(128, 32, 8, 2),),
+    512: (Tile(64, 16, 8, 2),),
 }
 _FORWARD_AMPERE = {
     64: (Tile(128, 64, 4, 3),),
     128: (Tile(128, 32, 8, 3),),
     256: (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
+    512: (Tile(32, 32, 8, 1), Tile(32, 16, 8, 1)),
 }
 _FORWARD_GEFORCE_BLACKWELL = {**_FORWARD_AMPERE, 64: (Tile(128, 64, 8, 3),)}
 # fp32 keeps IEEE products, and Triton has no tensor cores before Ampere (since 3.3): operands fill the registers
@@ -77,8 +80,9 @@ _FORWARD_NO_TENSOR_CORES = {
     64: (Tile(64, 32, 8, 1),),
     128: (Tile(32, 32, 8, 1),),
     256: (Tile(32, 16, 8, 1),),
+    512: (Tile(16, 16, 8, 1),),
 }
-_FORWARD_INTERPRETER = {256: (Tile(32, 32, 4, 1),)}
+_FORWARD_INTERPRETER = {512: (Tile(32, 32, 4, 1),)}
 
 
 def _shared_memory(tile: Tile, block_d: int, block_dv: int, element_size: int) -> int:
@@ -98,9 +102,25 @@ def _forward_table(dtype: torch.dtype, capability: int, page_size: int) -> dict[
     return _FORWARD_BLACKWELL if capability < 120 else _FORWARD_GEFORCE_BLACKWELL
 
 
-def forward_tile(block_d: int, block_dv: int, page_size: int, dtype: torch.dtype, device: Device) -> Tile:
-    """The forward kernel's tile for padded head dims `block_d` (K) and `block_dv` (V); `page_size` 0 = not paged."""
+# biases and dropout take registers of their own
+_FORWARD_MODIFIED = {
+    64: (Tile(128, 64, 8, 2),),
+    128: (Tile(64, 32, 8, 2),),
+    256: (Tile(64, 32, 8, 2),),
+    512: (Tile(32, 16, 8, 2),),
+}
+
+
+def forward_tile(
+    block_d: int, block_dv: int, page_size: int, dtype: torch.dtype, device: Device, modified: bool = False
+) -> Tile:
+    """The forward kernel's tile for padded head dims `block_d` (K) and `block_dv` (V).
+
+    `page_size` 0 = not paged; `modified`: with biases or dropout.
+    """
     table = _forward_table(dtype, device.capability, page_size)
+    if modified and dtype.itemsize == 2 and device.capability >= 80:
+        table = _FORWARD_MODIFIED
     widest = max(block_d, block_dv)
     candidates = table[min(limit for limit in table if limit >= widest)]
     for tile in candidates:
@@ -127,15 +147,16 @@ def head_sections(num_kv_heads: int, kv_bytes: int, device: Device) -> int:
 
 def decode_tile(block_d: int, block_dv: int, rows: int, dtype: torch.dtype, device: Device) -> Tile:
     """The decode kernel's tile; `rows` is query tokens times the GQA group, packed into one tile of BLOCK_M rows."""
-    block_m = min(64, max(16, 1 << (rows - 1).bit_length()))
     widest = max(block_d, block_dv)
+    block_m = min(64 if widest <= 256 else 32, max(16, 1 << (rows - 1).bit_length()))
     if device.capability == 0:
         return Tile(block_m, 32, 4, 1)
     if dtype == torch.float32 or device.capability < 80:
         block_m = min(block_m, 32)
+        block_m = block_m if widest <= 256 else 16
         return Tile(block_m, 32, 4, 1) if widest <= 64 else Tile(block_m, 16, 8, 1)
-    block_n = 64 if widest <= 128 else 32
-    num_warps = 8 if block_m == 64 and widest > 128 else 4
+    block_n = 64 if widest <= 128 else 32 if widest <= 256 else 16
+    num_warps = 8 if (block_m == 64 and widest > 128) or widest > 256 else 4
     for num_stages in (3, 2, 1):
         tile = Tile(block_m, block_n, num_warps, num_stages)
         if _shared_memory(tile, block_d, block_dv, dtype.itemsize) <= device.shared_memory:

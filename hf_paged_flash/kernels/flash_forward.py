@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import configs
+from . import configs, hopper
+from .modifiers import add_biases, dropout_factors, modifier_arguments
 from .primitives import (
     LOG2_E,
     attention_scores,
@@ -15,6 +16,7 @@ from .primitives import (
     tile_blocks,
     tile_pointers,
     visible_keys,
+    visible_runs,
 )
 
 
@@ -44,6 +46,16 @@ def _attend(
     stride_k_n,
     stride_v_block,
     stride_v_n,
+    seqlen_q,
+    bias_base,
+    stride_bias_m,
+    stride_bias_n,
+    alibi_slope,
+    seed,
+    dropout_threshold,
+    keep_scale,
+    head,
+    row,
     HEAD_DIM: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -56,6 +68,9 @@ def _attend(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    BIAS: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Adds the keys of tiles `first .. last` (token indices, multiples of BLOCK_N) to acc, m_i and l_i."""
@@ -74,10 +89,20 @@ def _attend(
             )
             k = load_tile(k_pointers, offs_n, offs_d, rest, HEAD_DIM, BLOCK_D, MASKED)
         s = attention_scores(q, k, tanh_scale, HAS_SOFTCAP, PRECISION)
+        queries, keys = (q_pos - (seqlen_k - seqlen_q))[:, None], (start_n + offs_n)[None, :]
+        score_scale = scale_log2
+        if BIAS > 0 or HAS_ALIBI:
+            s = add_biases(
+                s * scale_log2, queries, keys, seqlen_q, seqlen_k, bias_base, stride_bias_m, stride_bias_n,
+                alibi_slope, BIAS, HAS_ALIBI,
+            )  # fmt: skip
+            score_scale = 1.0
         if MASKED:
             mask = visible_keys(q_pos, start_n + offs_n, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT)
             s = tl.where(mask, s, float("-inf"))
-        p, alpha, m_i, l_i = online_softmax_update(s, scale_log2, m_i, l_i, MASKED)
+        p, alpha, m_i, l_i = online_softmax_update(s, score_scale, m_i, l_i, MASKED or BIAS > 0)
+        if HAS_DROPOUT:
+            p *= dropout_factors(seed, dropout_threshold, keep_scale, queries, keys, head, row)
         acc = acc * alpha[:, None]
         if V_DESCRIPTOR:
             v = v_descriptor.load([descriptor_row, descriptor_n + start_n, head_k, 0]).reshape(BLOCK_N, BLOCK_DV)
@@ -109,6 +134,9 @@ def _flash_forward_kernel(
     seqused_k,
     block_table,
     sinks,
+    Bias,
+    alibi_slopes,
+    dropout_seed,
     Out,
     Lse,
     stride_q_b,
@@ -127,12 +155,19 @@ def _flash_forward_kernel(
     stride_lse_h,
     stride_table,
     num_sections,
+    stride_bias_b,
+    stride_bias_h,
+    stride_bias_m,
+    stride_bias_n,
+    stride_alibi_b,
     max_seqlen_q,
     max_seqlen_k,
     scale_log2,
     tanh_scale,
     window_left,
     window_right,
+    dropout_threshold,
+    keep_scale,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
@@ -144,6 +179,9 @@ def _flash_forward_kernel(
     HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_SINK: tl.constexpr,
+    BIAS: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
@@ -152,7 +190,7 @@ def _flash_forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """O = softmax(S) V and lse = m + ln l, with S = scale * Q K^T, per tile of BLOCK_M query rows.
+    """O = dropout(softmax(S)) V and lse = m + ln l, with S = scale * Q K^T + bias, per tile of BLOCK_M query rows.
 
     FlashAttention-2 (Dao 2023), algorithm 1: m and l are rescaled tile by tile, nothing of size Sq x Sk is stored.
     Q (B, Sq, Hq, D) or packed (Tq, Hq, D); K, V (B, Sk, Hkv, D | Dv), packed, or blocks (num_blocks, PAGE_SIZE, Hkv,
@@ -210,21 +248,11 @@ def _flash_forward_kernel(
     q_pointers = q_base + offs_m.to(tl.int64)[:, None] * stride_q_m + offs_d[None, :]
     q = tl.load(q_pointers, mask=row_mask[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
 
-    # keys [begin, end) can be visible to a row of this tile, [full_begin, full_end) are visible to all its rows
     shift = seqlen_k - seqlen_q
     last_m = tl.minimum(start_m + BLOCK_M, seqlen_q) - 1
-    begin = 0
-    full_begin = 0
-    if HAS_LEFT:
-        begin = tl.maximum(start_m + shift - window_left, 0) // BLOCK_N * BLOCK_N
-        full_begin = (tl.maximum(last_m + shift - window_left, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
-    end = seqlen_k
-    full_end = seqlen_k // BLOCK_N * BLOCK_N
-    if HAS_RIGHT:
-        end = tl.minimum(seqlen_k, last_m + shift + window_right + 1)
-        full_end = tl.minimum(full_end, tl.maximum(start_m + shift + window_right + 1, 0) // BLOCK_N * BLOCK_N)
-    full_begin = tl.minimum(full_begin, tl.maximum(end, 0))
-    full_end = tl.maximum(full_end, full_begin)
+    begin, full_begin, full_end, end = visible_runs(
+        start_m + shift, last_m + shift, seqlen_k, window_left, window_right, BLOCK_N, HAS_LEFT, HAS_RIGHT
+    )
 
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -239,24 +267,37 @@ def _flash_forward_kernel(
     # past a row's values a descriptor reads the next row's, or some that were never written, and 0 * NaN is NaN
     V_DESCRIPTOR_AT_END: tl.constexpr = DESCRIPTORS and not PACKED_K and not HAS_SEQUSED
     q_pos = offs_m + shift
+    row32 = row.to(tl.int32)
+    bias_base = Bias + row * stride_bias_b + head.to(tl.int64) * stride_bias_h if BIAS > 0 else Q
+    alibi_slope = tl.load(alibi_slopes + row * stride_alibi_b + head) if HAS_ALIBI else 0.0
+    seed = tl.load(dropout_seed) if HAS_DROPOUT else 0
     if HAS_LEFT:
         acc, m_i, l_i = _attend(
             acc, m_i, l_i, q, k_base, v_base, KDescriptor, VDescriptor, descriptor_row, descriptor_n, head // GROUP,
             block_table_row, begin, full_begin, q_pos, seqlen_k, window_left, window_right, scale_log2, tanh_scale,
-            stride_k_b, stride_k_n, stride_v_b, stride_v_n, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
-            PAGE_SIZE, DESCRIPTORS, V_DESCRIPTOR_AT_END, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PRECISION,
+            stride_k_b, stride_k_n, stride_v_b, stride_v_n, seqlen_q, bias_base, stride_bias_m, stride_bias_n,
+            alibi_slope, seed, dropout_threshold, keep_scale, head, row32,
+            HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
+            PAGE_SIZE, DESCRIPTORS, V_DESCRIPTOR_AT_END, True,
+            HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
     acc, m_i, l_i = _attend(
         acc, m_i, l_i, q, k_base, v_base, KDescriptor, VDescriptor, descriptor_row, descriptor_n, head // GROUP,
         block_table_row, full_begin, full_end, q_pos, seqlen_k, window_left, window_right, scale_log2, tanh_scale,
-        stride_k_b, stride_k_n, stride_v_b, stride_v_n, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, PAGE_SIZE,
-        DESCRIPTORS, DESCRIPTORS, False, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PRECISION,
+        stride_k_b, stride_k_n, stride_v_b, stride_v_n, seqlen_q, bias_base, stride_bias_m, stride_bias_n,
+        alibi_slope, seed, dropout_threshold, keep_scale, head, row32,
+        HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
+        PAGE_SIZE, DESCRIPTORS, DESCRIPTORS, False,
+        HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,
     )  # fmt: skip
     acc, m_i, l_i = _attend(
         acc, m_i, l_i, q, k_base, v_base, KDescriptor, VDescriptor, descriptor_row, descriptor_n, head // GROUP,
         block_table_row, full_end, end, q_pos, seqlen_k, window_left, window_right, scale_log2, tanh_scale,
-        stride_k_b, stride_k_n, stride_v_b, stride_v_n, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, PAGE_SIZE,
-        DESCRIPTORS, V_DESCRIPTOR_AT_END, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PRECISION,
+        stride_k_b, stride_k_n, stride_v_b, stride_v_n, seqlen_q, bias_base, stride_bias_m, stride_bias_n,
+        alibi_slope, seed, dropout_threshold, keep_scale, head, row32,
+        HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
+        PAGE_SIZE, DESCRIPTORS, V_DESCRIPTOR_AT_END, True,
+        HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,
     )  # fmt: skip
 
     sink = m_i
@@ -317,8 +358,25 @@ def flash_forward(
     window_right: int = -1,
     softcap: float = 0.0,
     s_aux: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launches `_flash_forward_kernel`; arguments and results as in `hf_paged_flash.ops.reference.flash_forward`."""
+    """Launches `_flash_forward_kernel`, or Hopper's own kernel where there is one for the call.
+
+    Arguments and results as in `hf_paged_flash.ops.reference.flash_forward`.
+    """
+    if hopper.unavailable(q.device) is None and hopper.supports(
+        q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, block_table=block_table,
+        causal=causal, window_left=window_left, window_right=window_right, softcap=softcap, s_aux=s_aux,
+    ):  # fmt: skip
+        from .hopper.flash_forward import flash_forward as hopper_flash_forward
+
+        return hopper_flash_forward(
+            q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k, softmax_scale=softmax_scale, causal=causal,
+        )  # fmt: skip
     packed_q = cu_seqlens_q is not None
     packed_k = k.dim() == 3
     q, k, v = last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
@@ -345,7 +403,8 @@ def flash_forward(
     block_dv = max(16, triton.next_power_of_2(v_head_dim))
     page_size = 0 if block_table is None else k.shape[1]
     device = configs.device_of(q)
-    tile = configs.forward_tile(block_d, block_dv, page_size, q.dtype, device)
+    modified = bias is not None or alibi_slopes is not None or dropout_p > 0.0
+    tile = configs.forward_tile(block_d, block_dv, page_size, q.dtype, device, modified)
     q, scale_log2, tanh_scale = score_scales(q, softmax_scale, softcap)
     kv_bytes = max_seqlen_k * (head_dim + v_head_dim) * k.element_size()
     sections = configs.head_sections(num_kv_heads, kv_bytes, device)
@@ -410,5 +469,6 @@ def flash_forward(
             BLOCK_N=tile.block_n,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
+            **modifier_arguments(bias, alibi_slopes, dropout_p, dropout_seed),
         )
     return out, lse

@@ -138,3 +138,35 @@ def finish_softmax(acc, m_i, l_i, sink, HAS_SINK: tl.constexpr):
     out = tl.where(no_key[:, None], 0.0, acc / l_safe[:, None])
     lse = tl.where(no_key, float("-inf"), (m_i + tl.log2(l_safe)) * LN_2)
     return out, lse
+
+
+@triton.jit
+def visible_runs(
+    first_pos,
+    last_pos,
+    seqlen_k,
+    window_left,
+    window_right,
+    BLOCK_N: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+):
+    """Keys that queries at positions `first_pos .. last_pos` can see: (begin, full_begin, full_end, end).
+
+    Keys [begin, end) are visible to some of the queries, tiles in [full_begin, full_end) to all of them: only the two
+    outer runs need a mask. All but `end` are multiples of BLOCK_N, or equal `end`.
+    """
+    begin = 0
+    full_begin = 0
+    if HAS_LEFT:
+        begin = tl.maximum(first_pos - window_left, 0) // BLOCK_N * BLOCK_N
+        full_begin = (tl.maximum(last_pos - window_left, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    end = seqlen_k
+    full_end = seqlen_k // BLOCK_N * BLOCK_N
+    if HAS_RIGHT:
+        end = tl.minimum(seqlen_k, last_pos + window_right + 1)
+        full_end = tl.minimum(full_end, tl.maximum(first_pos + window_right + 1, 0) // BLOCK_N * BLOCK_N)
+    end = tl.maximum(end, 0)
+    full_begin = tl.minimum(full_begin, end)
+    full_end = tl.maximum(full_end, full_begin)
+    return begin, full_begin, full_end, end

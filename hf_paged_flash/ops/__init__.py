@@ -2,5 +2,6 @@
 
 from hf_paged_flash.ops.flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from hf_paged_flash.ops.library import store_kv
+from hf_paged_flash.ops.merge_states import merge_states
 
-__all__ = ["flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache", "store_kv"]
+__all__ = ["flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache", "merge_states", "store_kv"]

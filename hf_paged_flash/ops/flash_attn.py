@@ -12,7 +12,10 @@ position i + Sk - Sq. With causal=True (1 = visible):
                                                1 0
                                                1 1
 
-A query that sees no key gets output 0 and lse -inf.
+A query that sees no key gets output 0, lse -inf and gradients 0.
+
+`flash_attn_func` and `flash_attn_varlen_func` are differentiable in q, k, v and s_aux over keys that are not paged,
+through out and, with `return_attn_probs`, through lse.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import torch
 from hf_paged_flash.errors import UnsupportedFeatureError
 from hf_paged_flash.ops import library
 from hf_paged_flash.ops import validation as check
+from hf_paged_flash.ops.dropout import draw_seed
 
 # Up to here a row's new tokens count as decoding: split over the keys, not over the queries.
 MAX_DECODE_QUERIES = 16
@@ -47,13 +51,13 @@ def flash_attn_func(
     Args:
         q: (B, Sq, Hq, D), bf16, fp16 or fp32 (fp64 with the reference backend).
         k, v: (B, Sk, Hkv, D | Dv), Hq a multiple of Hkv, dtype and device of q.
-        dropout_p: must be 0.
+        dropout_p: share of the probabilities that are dropped, drawn from torch's generator of q's device.
         softmax_scale: factor on Q K^T; None = 1 / sqrt(D).
         causal: no query sees a key after its own position; see the module's docstring.
         window_size: (left, right), keys [position - left, position + right] are visible; -1 = unbounded.
         softcap: if > 0, scores become softcap * tanh(score / softcap).
-        alibi_slopes: must be None.
-        deterministic: accepted; every result is deterministic.
+        alibi_slopes: (Hq,) or (B, Hq) fp32, slope * |position - key| is subtracted from the scores; gets no gradient.
+        deterministic: accepted; every result and every gradient is deterministic.
         return_attn_probs: also return lse.
         s_aux: (Hq,), a logit a head that takes part in the softmax's denominator only.
 
@@ -62,12 +66,13 @@ def flash_attn_func(
 
     Raises:
         ArgumentError: an argument has the wrong shape, dtype, device or value.
-        UnsupportedFeatureError: dropout, ALiBi, or an input that requires grad while grad mode is on.
+        UnsupportedFeatureError: autograd records the call and has no way back: head_dim above 256 with the kernels,
+            paged keys, slopes that require grad.
     """
-    check.refuse_dropout_and_alibi(dropout_p, alibi_slopes)
-    check.refuse_gradients(q, k, v, s_aux)
+    check.check_dropout(dropout_p)
     check.check_qkv(q, k, v, check.DENSE_Q, check.DENSE_K)
     check.check_batch("k", k, q.shape[0])
+    check.check_backward(q, k, v, s_aux, None)
     window_left, window_right = check.check_options(q, window_size, softcap, s_aux)
     out, lse = library.flash_forward(
         q,
@@ -81,6 +86,9 @@ def flash_attn_func(
         window_right=window_right,
         softcap=softcap,
         s_aux=s_aux,
+        alibi_slopes=check.check_alibi_slopes(alibi_slopes, q, q.shape[0]),
+        dropout_p=dropout_p,
+        dropout_seed=draw_seed(q.device) if dropout_p > 0.0 else None,
     )
     return (out, lse, None) if return_attn_probs else out
 
@@ -124,8 +132,8 @@ def flash_attn_varlen_func(
     Raises:
         ArgumentError, UnsupportedFeatureError: as `flash_attn_func`.
     """
-    check.refuse_dropout_and_alibi(dropout_p, alibi_slopes)
-    check.refuse_gradients(q, k, v, s_aux)
+    check.check_dropout(dropout_p)
+    check.check_backward(q, k, v, s_aux, block_table)
     check.check_qkv(q, k, v, check.PACKED_Q, check.PACKED_K if block_table is None else check.PAGED_K)
     cu_seqlens_q = check.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q)
     batch = cu_seqlens_q.shape[0] - 1
@@ -154,6 +162,9 @@ def flash_attn_varlen_func(
         window_right=window_right,
         softcap=softcap,
         s_aux=s_aux,
+        alibi_slopes=check.check_alibi_slopes(alibi_slopes, q, batch),
+        dropout_p=dropout_p,
+        dropout_seed=draw_seed(q.device) if dropout_p > 0.0 else None,
     )
     return (out, lse, None) if return_attn_probs else out
 
@@ -195,7 +206,8 @@ def flash_attn_with_kvcache(
         block_table: (B, max_blocks) int32, each row's blocks; -1 = none.
         num_splits: in how many parts the keys of a row are processed; 0 = chosen.
         return_softmax_lse: also return lse.
-        rotary_cos, rotary_sin, cache_batch_idx, cache_leftpad: must be None; `rotary_interleaved` is then moot.
+        rotary_cos, rotary_sin, cache_batch_idx, cache_leftpad, alibi_slopes: must be None; `rotary_interleaved` is
+            then moot.
         The rest as in `flash_attn_func`.
 
     Returns:
@@ -205,9 +217,8 @@ def flash_attn_with_kvcache(
         ArgumentError: an argument has the wrong shape, dtype, device or value, or the cache has no room.
         UnsupportedFeatureError: a feature above that must be None, or an input that requires grad in grad mode.
     """
-    check.refuse_dropout_and_alibi(0.0, alibi_slopes)
-    _refuse_cache_features(rotary_cos, rotary_sin, cache_batch_idx, cache_leftpad)
-    check.refuse_gradients(q, k_cache, v_cache, k, v, s_aux)
+    _refuse_cache_features(rotary_cos, rotary_sin, cache_batch_idx, cache_leftpad, alibi_slopes)
+    check.refuse_gradients(check.NO_PAGED_BACKWARD, q, k_cache, v_cache, k, v, s_aux)
     check.check_qkv(q, k_cache, v_cache, check.DENSE_Q, check.PAGED_K if block_table is not None else check.DENSE_K,
                     "k_cache", "v_cache")  # fmt: skip
     check.check_cache_strides("k_cache", k_cache)
@@ -246,7 +257,7 @@ def flash_attn_with_kvcache(
     return (out, lse) if return_softmax_lse else out
 
 
-def _refuse_cache_features(rotary_cos, rotary_sin, cache_batch_idx, cache_leftpad) -> None:
+def _refuse_cache_features(rotary_cos, rotary_sin, cache_batch_idx, cache_leftpad, alibi_slopes) -> None:
     if rotary_cos is not None or rotary_sin is not None:
         name = "rotary_cos" if rotary_cos is not None else "rotary_sin"
         raise UnsupportedFeatureError(f"`{name}` is not supported: rotate q and k before the call")
@@ -257,6 +268,10 @@ def _refuse_cache_features(rotary_cos, rotary_sin, cache_batch_idx, cache_leftpa
     if cache_leftpad is not None:
         raise UnsupportedFeatureError(
             "`cache_leftpad` is not supported: store each row's real tokens only, from position 0 on"
+        )
+    if alibi_slopes is not None:
+        raise UnsupportedFeatureError(
+            "`alibi_slopes` is not supported: over a cache, use the 'eager' attention for ALiBi models"
         )
 
 

@@ -1,9 +1,10 @@
-"""The operations as torch sees them: schemas, fakes for tracing, and the choice between kernel and reference.
+"""The operations as torch sees them: schemas, fakes for tracing, autograd, and the choice of kernel or reference.
 
-`flash_forward`, `paged_decode` and `store_kv` are operators of the namespace `hf_paged_flash` with the signatures of
-their namesakes in `hf_paged_flash.ops.reference`, where arguments and results are described. They trust their
-arguments; `hf_paged_flash.ops.flash_attn` checks them. None of them can be differentiated: where autograd records,
-call `flash_forward_no_backward` or `paged_decode_no_backward`.
+`flash_forward`, `flash_backward`, `paged_decode` and `store_kv` are operators of the namespace `hf_paged_flash` with
+the signatures of their namesakes in `hf_paged_flash.ops.reference`, where arguments and results are described. They
+trust their arguments; `hf_paged_flash.ops.flash_attn` checks them. `flash_forward` is differentiable over dense and
+packed keys; over paged keys its backward raises, as that of `paged_decode` does, which goes through
+`paged_decode_no_backward` where autograd records.
 """
 
 from __future__ import annotations
@@ -12,29 +13,44 @@ from functools import cache
 from importlib import import_module
 
 import torch
-from torch.library import Library, register_fake
+from torch.library import Library, register_autograd, register_fake
 
 from hf_paged_flash.backend import count, use_kernels
 from hf_paged_flash.errors import UnsupportedFeatureError
-from hf_paged_flash.ops import reference
-from hf_paged_flash.ops.validation import NO_BACKWARD, any_requires_grad, check_kernel_limits
+from hf_paged_flash.ops import reference, reference_backward
+from hf_paged_flash.ops.validation import NO_PAGED_BACKWARD, any_requires_grad, check_kernel_limits
 
+_BACKWARD_TENSOR_NAMES = (
+    "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "s_aux", "bias", "alibi_slopes", "dropout_seed",
+)  # fmt: skip
+_TENSOR_NAMES = (*_BACKWARD_TENSOR_NAMES[:3], "block_table", *_BACKWARD_TENSOR_NAMES[3:])
+# register_autograd takes no keyword-only tensors, so all tensors come first
+_TENSORS = (
+    "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? seqused_k=None, {}Tensor? s_aux=None, "
+    "Tensor? bias=None, Tensor? alibi_slopes=None, Tensor? dropout_seed=None"
+)
+_OPTIONS = (
+    "SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, bool causal, int window_left=-1, "
+    "int window_right=-1, float softcap=0.0, float dropout_p=0.0"
+)
 _library = Library("hf_paged_flash", "DEF")
 for _schema in (
-    "flash_forward(Tensor q, Tensor k, Tensor v, *, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
-    "Tensor? seqused_k=None, Tensor? block_table=None, SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, "
-    "bool causal, int window_left=-1, int window_right=-1, float softcap=0.0, Tensor? s_aux=None) "
+    f"flash_forward(Tensor q, Tensor k, Tensor v, {_TENSORS.format('Tensor? block_table=None, ')}, *, {_OPTIONS}) "
     "-> (Tensor out, Tensor lse)",
+    f"flash_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_TENSORS.format('')}, *, {_OPTIONS}, bool bias_needs_grad=False) "
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor ds_aux, Tensor dbias)",
     "paged_decode(Tensor q, Tensor k_cache, Tensor v_cache, *, Tensor cache_seqlens, Tensor? block_table=None, "
     "float softmax_scale, bool causal, int window_left=-1, int window_right=-1, float softcap=0.0, "
     "Tensor? s_aux=None, int num_splits=0) -> (Tensor out, Tensor lse)",
     "store_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping) -> ()",
-    "refuse_backward(Tensor grad_out, Tensor grad_lse, Tensor[] inputs) -> Tensor[]",
+    "refuse_backward(str reason, Tensor?[] grads, Tensor[] inputs) -> Tensor[]",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def _flash_forward(q, k, v, **arguments):
+def _flash_forward(q, k, v, *tensors, **arguments):
+    arguments |= zip(_TENSOR_NAMES, tensors, strict=False)
     if not use_kernels(q):
         count("reference", "flash_forward")
         return reference.flash_forward(q, k, v, **arguments)
@@ -42,6 +58,19 @@ def _flash_forward(q, k, v, **arguments):
     result = _launcher("flash_forward")(q, k, v, **arguments)
     count("kernel", "flash_forward")
     return result
+
+
+def _flash_backward(dout, dlse, q, k, v, out, lse, *tensors, **arguments):
+    arguments |= zip(_BACKWARD_TENSOR_NAMES, tensors, strict=False)
+    if not use_kernels(q):
+        count("reference", "flash_backward")
+        run = reference_backward.flash_backward
+    else:
+        check_kernel_limits(q, v, None, backward=True)
+        count("kernel", "flash_backward")
+        run = _launcher("flash_backward")
+    gradients = run(dout, dlse, q, k, v, out, lse, **arguments)
+    return tuple(q.new_empty(0) if x is None else x for x in gradients)
 
 
 def _paged_decode(q, k_cache, v_cache, **arguments):
@@ -62,8 +91,8 @@ def _store_kv(k, v, k_cache, v_cache, slot_mapping):
     count("kernel", "store_kv")
 
 
-def _refuse_backward(grad_out, grad_lse, inputs):
-    raise UnsupportedFeatureError(NO_BACKWARD)
+def _refuse_backward(reason, grads, inputs):
+    raise UnsupportedFeatureError(reason)
 
 
 @cache
@@ -72,7 +101,7 @@ def _launcher(name: str):
     return getattr(import_module(f"hf_paged_flash.kernels.{name}"), name)
 
 
-def _flash_forward_fake(q, k, v, *, cu_seqlens_q=None, **_):
+def _flash_forward_fake(q, k, v, cu_seqlens_q=None, *_, **__):
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
     rows = (q.shape[1], q.shape[0]) if cu_seqlens_q is not None else (q.shape[0], q.shape[2], q.shape[1])
     return out, q.new_empty(rows, dtype=torch.promote_types(q.dtype, torch.float32))
@@ -86,12 +115,21 @@ def _store_kv_fake(k, v, k_cache, v_cache, slot_mapping):
     return None
 
 
-def _refuse_backward_fake(grad_out, grad_lse, inputs):
+def _flash_backward_fake(dout, dlse, q, k, v, out, lse, *tensors, bias_needs_grad=False, **arguments):
+    arguments |= zip(_BACKWARD_TENSOR_NAMES, tensors, strict=False)
+    s_aux, bias = arguments.get("s_aux"), arguments.get("bias") if bias_needs_grad else None
+    gradients = [q.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+                 for x in (q, k, v, s_aux, bias)]  # fmt: skip
+    return tuple(gradients)
+
+
+def _refuse_backward_fake(reason, grads, inputs):
     return [torch.empty_like(x) for x in inputs]
 
 
 for _name, _implementation, _fake in (
     ("flash_forward", _flash_forward, _flash_forward_fake),
+    ("flash_backward", _flash_backward, _flash_backward_fake),
     ("paged_decode", _paged_decode, _paged_decode_fake),
     ("store_kv", _store_kv, _store_kv_fake),
     ("refuse_backward", _refuse_backward, _refuse_backward_fake),
@@ -100,8 +138,42 @@ for _name, _implementation, _fake in (
     register_fake(f"hf_paged_flash::{_name}", _fake, lib=_library)
 
 flash_forward = torch.ops.hf_paged_flash.flash_forward.default
+flash_backward = torch.ops.hf_paged_flash.flash_backward.default
 paged_decode = torch.ops.hf_paged_flash.paged_decode.default
 store_kv = torch.ops.hf_paged_flash.store_kv.default
+_refuse = torch.ops.hf_paged_flash.refuse_backward.default
+
+
+def _save_for_backward(ctx, inputs, keyword_only_inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, *output)
+    ctx.options = keyword_only_inputs
+
+
+def _differentiate(ctx, dout, dlse):
+    q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, s_aux, bias, alibi_slopes, dropout_seed, out, lse = (
+        ctx.saved_tensors
+    )
+    gradients = [None] * 11
+    if block_table is not None:
+        inputs = [x for x, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False) if needed]
+        refused = iter(_refuse(NO_PAGED_BACKWARD, [dout, dlse], inputs))
+        return tuple(next(refused) if needed else None for needed in ctx.needs_input_grad)
+    dout = torch.zeros_like(out) if dout is None else dout
+    bias_needs_grad = len(ctx.needs_input_grad) > 8 and ctx.needs_input_grad[8]
+    dq, dk, dv, ds_aux, dbias = flash_backward(
+        dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_k, s_aux, bias, alibi_slopes, dropout_seed,
+        bias_needs_grad=bias_needs_grad, **ctx.options,
+    )  # fmt: skip
+    gradients[:3] = dq, dk, dv
+    gradients[7] = None if s_aux is None else ds_aux
+    gradients[8] = dbias if bias_needs_grad else None
+    return tuple(gradients)
+
+
+register_autograd(
+    "hf_paged_flash::flash_forward", _differentiate, setup_context=_save_for_backward, lib=_library
+)
 
 
 class _NoBackward(torch.autograd.Function):
@@ -119,29 +191,20 @@ class _NoBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out, grad_lse):
-        return None, None, *torch.ops.hf_paged_flash.refuse_backward(grad_out, grad_lse, list(ctx.saved_tensors))
+        return None, None, *_refuse(NO_PAGED_BACKWARD, [grad_out, grad_lse], list(ctx.saved_tensors))
 
 
-def flash_forward_no_backward(q, k, v, *, s_aux=None, **arguments) -> tuple[torch.Tensor, torch.Tensor]:
-    """`flash_forward` for callers that run with autograd enabled and may never call backward.
+def paged_decode_no_backward(q, k_cache, v_cache, *, s_aux=None, **arguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """`paged_decode` for callers that run with autograd enabled and may never call backward.
 
-    Same arguments and results. If q, k, v or s_aux requires grad and grad mode is on, out and lse do as well.
+    Same arguments and results. If q, a cache or s_aux requires grad and grad mode is on, out and lse do as well.
 
     Raises:
         UnsupportedFeatureError: when backward reaches out or lse.
     """
-    return _without_backward(flash_forward, q, k, v, s_aux, arguments)
-
-
-def paged_decode_no_backward(q, k_cache, v_cache, *, s_aux=None, **arguments) -> tuple[torch.Tensor, torch.Tensor]:
-    """`paged_decode` as `flash_forward_no_backward` is of `flash_forward`."""
-    return _without_backward(paged_decode, q, k_cache, v_cache, s_aux, arguments)
-
-
-def _without_backward(op, q, k, v, s_aux, arguments):
-    if not (torch.is_grad_enabled() and any_requires_grad(q, k, v, s_aux)):
-        return op(q, k, v, s_aux=s_aux, **arguments)
+    if not (torch.is_grad_enabled() and any_requires_grad(q, k_cache, v_cache, s_aux)):
+        return paged_decode(q, k_cache, v_cache, s_aux=s_aux, **arguments)
     with torch.no_grad():
-        out, lse = op(q, k, v, s_aux=s_aux, **arguments)
-    inputs = (q, k, v) if s_aux is None else (q, k, v, s_aux)
+        out, lse = paged_decode(q, k_cache, v_cache, s_aux=s_aux, **arguments)
+    inputs = (q, k_cache, v_cache) if s_aux is None else (q, k_cache, v_cache, s_aux)
     return _NoBackward.apply(out, lse, *inputs)

@@ -1,33 +1,20 @@
 """Attention, paged decode and the K/V store in plain torch: the oracle of the kernels' tests and the CPU path.
 
-O = softmax(mask(cap(scale * Q K^T))) V, computed in fp32 (fp64 for fp64 inputs), in chunks of queries, so that no
-S x S tensor exists for long inputs. The functions have the keyword signatures of the kernels' launchers.
+O = dropout(softmax(mask(cap(scale * Q K^T) + bias))) V, computed in fp32 (fp64 for fp64 inputs), in chunks of queries,
+so that no S x S tensor exists for long inputs. The functions have the keyword signatures of the kernels' launchers.
 """
 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import NamedTuple
 
 import torch
 
 from hf_paged_flash.ops.layouts import Keys, gather, key_rows, row_index
+from hf_paged_flash.ops.scoring import Rows, Scoring, chunks, keep_scale
 
-# Elements of one chunk's score matrix: 2 MiB in fp32, which a CPU core's cache holds.
-_CHUNK_ELEMENTS = 1 << 19
-_MIN_CHUNK = 16
 # Ragged rows are padded into one batch below this many score elements, whatever the padding costs.
 _SMALL_BATCH_ELEMENTS = 1 << 20
-
-
-class _Scoring(NamedTuple):
-    """What turns Q K^T into probabilities; window bounds -1 = unbounded."""
-
-    softmax_scale: float
-    window_left: int
-    window_right: int
-    softcap: float
-    s_aux: torch.Tensor | None
 
 
 @torch.no_grad()
@@ -48,6 +35,10 @@ def flash_forward(
     window_right: int = -1,
     softcap: float = 0.0,
     s_aux: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over dense, packed or paged keys: flash-attn 2's semantics, with sinks and flash-attn 3's `seqused_k`.
 
@@ -66,6 +57,12 @@ def flash_forward(
         softmax_scale: factor on Q K^T.
         softcap: if > 0, scores become softcap * tanh(score / softcap), before masking.
         s_aux: (Hq,), one logit a head that takes part in the softmax's denominator only.
+        bias: (B | 1, Hq | 1, Sq | 1, Sk | 1), added to the scores after the softcap, or bool, False where a key is
+            hidden; indices count inside each row, Sq and Sk are at least the longest row's.
+        alibi_slopes: (B | 1, Hq) fp32, slope * |position - j| is subtracted from the scores.
+        dropout_p: share of the probabilities that are dropped, the others grow by 1 / (1 - dropout_p); lse is the
+            softmax's without dropout.
+        dropout_seed: (1,) int64, which ones; see `hf_paged_flash.ops.dropout`.
 
     Returns:
         out in q's layout with Dv, in q's dtype; lse, natural log, fp32 (fp64 for fp64 inputs), (B, Hq, Sq) or packed
@@ -73,14 +70,17 @@ def flash_forward(
     """
     rows = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.numel() - 1
     keys = key_rows(k, v, rows, cu_seqlens_k, seqused_k, block_table)
-    scoring = _Scoring(softmax_scale, window_left, 0 if causal else window_right, softcap, s_aux)
+    window_right = 0 if causal else window_right
+    scoring = Scoring(
+        softmax_scale, window_left, window_right, softcap, s_aux, bias, alibi_slopes, dropout_p, dropout_seed
+    )
     compute_dtype = torch.promote_types(q.dtype, torch.float32)
     out = q.new_zeros((*q.shape[:-1], v.shape[-1]))
     if cu_seqlens_q is None:
         lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"), dtype=compute_dtype)
     else:
         lse = q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=compute_dtype)
-    with _without_autocast(q):
+    with without_autocast(q):
         if cu_seqlens_q is None:
             _dense_queries(q, keys, scoring, out, lse)
         else:
@@ -159,7 +159,7 @@ def store_kv(
     v_cache[slots] = v
 
 
-def _without_autocast(tensor):
+def without_autocast(tensor):
     # Autocast would take the matmuls of this file to bf16.
     device_type = tensor.device.type
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
@@ -172,7 +172,7 @@ def _one_batch(q_lengths: list[int], k_lengths: list[int], heads: int) -> bool:
     return padded <= 2 * exact or padded * heads <= _SMALL_BATCH_ELEMENTS
 
 
-def _dense_queries(q, keys: Keys, scoring: _Scoring, out, lse) -> None:
+def _dense_queries(q, keys: Keys, scoring: Scoring, out, lse) -> None:
     rows, seqlen_q = q.shape[:2]
     q_lengths = [seqlen_q] * rows
     step = max(rows, 1) if _one_batch(q_lengths, keys.lengths, q.shape[2]) else 1
@@ -181,7 +181,7 @@ def _dense_queries(q, keys: Keys, scoring: _Scoring, out, lse) -> None:
         _attend_rows(q[picked], keys, picked, q_lengths[picked], scoring, out[picked], lse[picked])
 
 
-def _packed_queries(q, bounds: list[int], keys: Keys, scoring: _Scoring, out, lse) -> None:
+def _packed_queries(q, bounds: list[int], keys: Keys, scoring: Scoring, out, lse) -> None:
     starts = bounds[:-1]
     lengths = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
     if not lengths or max(lengths) == 0:
@@ -200,7 +200,7 @@ def _packed_queries(q, bounds: list[int], keys: Keys, scoring: _Scoring, out, ls
     lse[:, index[real]] = padded_lse.transpose(0, 1)[:, real]
 
 
-def _attend_rows(q, keys: Keys, batch: slice, q_lengths: list[int], scoring: _Scoring, out, lse) -> None:
+def _attend_rows(q, keys: Keys, batch: slice, q_lengths: list[int], scoring: Scoring, out, lse) -> None:
     """Attention of the rows `batch`: q (R, Sq, Hq, D), out (R, Sq, Hq, Dv), lse (R, Hq, Sq), each a view or padded."""
     lengths = keys.lengths[batch]
     if not q.numel() or max(lengths) == 0:
@@ -210,48 +210,17 @@ def _attend_rows(q, keys: Keys, batch: slice, q_lengths: list[int], scoring: _Sc
     k, v, valid, first = gather(keys, batch, lengths, first)
     # (R, Sk, Hkv, D) -> (R, Hkv, Sk, D), contiguous: matmul would otherwise copy them again for every chunk.
     k, v = (x.permute(0, 2, 1, 3).to(lse.dtype).contiguous() for x in (k, v))
-    _attend(q, k, v, valid, [offset - first for offset in offsets], scoring, out, lse)
-
-
-def _attend(q, k, v, valid, offsets: list[int], scoring: _Scoring, out, lse) -> None:
-    """Chunks of queries. q (R, Sq, Hq, D), k (R, Hkv, Sk, D), v (R, Hkv, Sk, Dv), query i at key `offsets[r] + i`."""
-    rows, seqlen_q, heads, _ = q.shape
-    kv_heads, seqlen_k = k.shape[1:3]
-    left, right = scoring.window_left, scoring.window_right
-    lowest, highest = min(offsets), max(offsets)
-    offset = torch.tensor([lowest] if lowest == highest else offsets, device=q.device)[:, None]
-    sink = None if scoring.s_aux is None else scoring.s_aux.to(lse.dtype).view(kv_heads, -1, 1)
-    chunk = max(_MIN_CHUNK, _CHUNK_ELEMENTS // (rows * heads * seqlen_k))
-    for start in range(0, seqlen_q, chunk):
-        stop = min(start + chunk, seqlen_q)
-        first = max(0, start + lowest - left) if left >= 0 else 0
-        last = min(seqlen_k, stop + highest + right) if right >= 0 else seqlen_k
-        if first >= last:
-            continue
-        q_chunk = q[:, start:stop].to(lse.dtype).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
-        # (R, Hkv, G * C, K): the query heads of a group share one matmul
-        scores = torch.matmul(q_chunk.flatten(2, 3) * scoring.softmax_scale, k[:, :, first:last].mT)
-        scores = scores.unflatten(2, (-1, stop - start))
-        if scoring.softcap > 0.0:
-            scores.div_(scoring.softcap).tanh_().mul_(scoring.softcap)
-        hidden = None if valid is None else ~valid[:, None, first:last]
-        position = torch.arange(start, stop, device=q.device) + offset
-        key = torch.arange(first, last, device=q.device)
-        if right >= 0 and start + lowest + right < last - 1:
-            late = key > position[:, :, None] + right
-            hidden = late if hidden is None else hidden | late
-        if left >= 0 and stop - 1 + highest - left > first:
-            early = key < position[:, :, None] - left
-            hidden = early if hidden is None else hidden | early
-        if hidden is not None:
-            scores.masked_fill_(hidden[:, None, None], float("-inf"))
-        chunk_out, chunk_lse = _softmax_matmul(scores, v[:, :, first:last], sink)
+    rows = Rows(q, k, v, valid, [offset - first for offset in offsets], batch, first)
+    sink = None if scoring.s_aux is None else scoring.s_aux.to(lse.dtype).view(k.shape[1], -1, 1)
+    for chunk in chunks(rows, scoring):
+        kept = keep_scale(rows, scoring, chunk)
+        chunk_out, chunk_lse = _softmax_matmul(chunk.scores, v[:, :, chunk.keys], sink, kept)
         # (R, Hkv, G, C, Dv) -> (R, C, Hq, Dv)
-        out[:, start:stop] = chunk_out.permute(0, 3, 1, 2, 4).flatten(2, 3)
-        lse[:, :, start:stop] = chunk_lse.flatten(1, 2)
+        out[:, chunk.queries] = chunk_out.permute(0, 3, 1, 2, 4).flatten(2, 3)
+        lse[:, :, chunk.queries] = chunk_lse.flatten(1, 2)
 
 
-def _softmax_matmul(scores: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None):
+def _softmax_matmul(scores: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None, kept: torch.Tensor | None):
     """softmax(scores) V and lse; scores (R, Hkv, G, C, K) is overwritten, v (R, Hkv, K, Dv), sink (Hkv, G, 1)."""
     highest = scores.amax(-1)
     sees_none = highest == float("-inf")
@@ -263,6 +232,8 @@ def _softmax_matmul(scores: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | 
     if sink is not None:
         total = total + torch.exp(sink - highest)
     total = total.masked_fill(sees_none, 1.0)
+    if kept is not None:
+        scores.mul_(kept)
     out = torch.matmul(scores.flatten(2, 3), v).unflatten(2, scores.shape[2:4])
     lse = (highest + total.log()).masked_fill(sees_none, float("-inf"))
     return out / total.unsqueeze(-1), lse

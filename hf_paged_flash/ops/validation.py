@@ -9,10 +9,13 @@ from typing import NamedTuple, NoReturn
 
 import torch
 
+from hf_paged_flash.backend import use_kernels
 from hf_paged_flash.errors import ArgumentError, BackendError, UnsupportedFeatureError
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 KERNEL_BLOCK_SIZES = (16, 32, 64, 128, 256)
+MAX_HEAD_DIM = 512
+MAX_BACKWARD_HEAD_DIM = 256
 
 
 class Layout(NamedTuple):
@@ -133,20 +136,44 @@ def check_options(q, window_size, softcap: float, s_aux) -> tuple[int, int]:
     return max(left, -1), max(right, -1)
 
 
-def refuse_dropout_and_alibi(dropout_p: float, alibi_slopes) -> None:
-    if dropout_p > 0.0:
+def check_dropout(dropout_p: float) -> None:
+    if not 0.0 <= dropout_p < 1.0:
+        fail("dropout_p", "be from 0 up to, but not including, 1", dropout_p)
+
+
+def check_alibi_slopes(alibi_slopes, q, batch: int) -> torch.Tensor | None:
+    """fp32 (num_heads,) or (batch, num_heads) beside `q`; returned as (batch | 1, num_heads)."""
+    if alibi_slopes is None:
+        return None
+    num_heads = q.shape[-2]
+    if tuple(alibi_slopes.shape) not in ((num_heads,), (batch, num_heads)):
+        must = f"have shape (num_heads,) = ({num_heads},) or (batch, num_heads) = ({batch}, {num_heads})"
+        fail("alibi_slopes", must, tuple(alibi_slopes.shape))
+    if alibi_slopes.dtype != torch.float32:
+        fail("alibi_slopes", "be float32", alibi_slopes.dtype)
+    if alibi_slopes.device != q.device:
+        fail("alibi_slopes", f"be on the device of `q`, {q.device}", alibi_slopes.device)
+    if alibi_slopes.requires_grad and torch.is_grad_enabled():
         raise UnsupportedFeatureError(
-            f"`dropout_p` = {dropout_p} is not supported: pass 0.0 (model.eval(), or attention_dropout = 0 in the "
-            "config), or use the 'sdpa' attention"
+            "`alibi_slopes` gets no gradient: detach them, or pass slope * distance as an additive mask to `eager`"
         )
-    if alibi_slopes is not None:
-        raise UnsupportedFeatureError("`alibi_slopes` is not supported: use the 'eager' attention for ALiBi models")
+    return alibi_slopes.view(-1, num_heads).contiguous()
 
 
-def refuse_gradients(*tensors: torch.Tensor | None) -> None:
-    """Raises UnsupportedFeatureError if autograd would record a call on these tensors."""
+def refuse_gradients(reason: str, *tensors: torch.Tensor | None) -> None:
+    """Raises UnsupportedFeatureError with `reason` if autograd would record a call on these tensors."""
     if torch.is_grad_enabled() and any_requires_grad(*tensors):
-        raise UnsupportedFeatureError(NO_BACKWARD)
+        raise UnsupportedFeatureError(reason)
+
+
+def check_backward(q, k, v, s_aux, block_table) -> None:
+    """Refuses, before anything runs, a call that autograd would record and whose backward does not exist."""
+    if not (torch.is_grad_enabled() and any_requires_grad(q, k, v, s_aux)):
+        return
+    if block_table is not None:
+        raise UnsupportedFeatureError(NO_PAGED_BACKWARD)
+    if max(q.shape[-1], v.shape[-1]) > MAX_BACKWARD_HEAD_DIM and use_kernels(q):
+        raise UnsupportedFeatureError(NO_WIDE_BACKWARD)
 
 
 def any_requires_grad(*tensors: torch.Tensor | None) -> bool:
@@ -156,13 +183,17 @@ def any_requires_grad(*tensors: torch.Tensor | None) -> bool:
     return False
 
 
-NO_BACKWARD = (
-    "hf_paged_flash has no backward pass yet: call it under torch.no_grad() or torch.inference_mode(), "
-    "or train with the 'sdpa' attention"
+NO_PAGED_BACKWARD = (
+    "hf_paged_flash has no backward pass through paged keys and a K/V cache: call it under torch.no_grad() or "
+    "torch.inference_mode(), or train without a cache (`use_cache=False`)"
+)
+NO_WIDE_BACKWARD = (
+    "hf_paged_flash has no backward kernel for a head_dim above 256: train with the 'sdpa' attention, call it under "
+    "torch.no_grad(), or choose the backend 'reference'"
 )
 
 
-def check_kernel_limits(q, v, block_size: int | None) -> None:
+def check_kernel_limits(q, v, block_size: int | None, backward: bool = False) -> None:
     """What the Triton kernels take beyond the public functions' checks; `block_size` None = the keys are not paged."""
     head_dim, v_head_dim = q.shape[-1], v.shape[-1]
     way_out = " on the Triton kernels; the backend 'reference' takes it"
@@ -172,9 +203,10 @@ def check_kernel_limits(q, v, block_size: int | None) -> None:
         )
     if q.dtype == torch.float64:
         fail("q", f"be bfloat16, float16 or float32{way_out}", q.dtype)
-    if not 16 <= head_dim <= 256 or head_dim % 8:
-        fail("q", f"have a head_dim from 16 to 256 in steps of 8{way_out}", head_dim)
-    if not 16 <= v_head_dim <= 256 or v_head_dim % 8:
-        fail("v", f"have a head_dim from 16 to 256 in steps of 8{way_out}", v_head_dim)
+    for name, size in (("q", head_dim), ("v", v_head_dim)):
+        if not 16 <= size <= MAX_HEAD_DIM or size % 8:
+            fail(name, f"have a head_dim from 16 to {MAX_HEAD_DIM} in steps of 8{way_out}", size)
+    if backward and max(head_dim, v_head_dim) > MAX_BACKWARD_HEAD_DIM:
+        raise UnsupportedFeatureError(NO_WIDE_BACKWARD)
     if block_size is not None and block_size not in KERNEL_BLOCK_SIZES:
         fail("block_size", f"be one of {KERNEL_BLOCK_SIZES}{way_out}", block_size)

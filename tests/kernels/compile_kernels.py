@@ -50,22 +50,30 @@ class Case:
     softcap: float = 0.0
     sinks: bool = False
     packed: bool = False
+    bias: bool = False
+    alibi: bool = False
+    dropout_p: float = 0.0
 
     @property
     def id(self) -> str:
         dims = f"D{self.head_dim}" + (f"v{self.v_head_dim}" if self.v_head_dim else "")
         parts = [f"sm_{self.arch}", self.op, self.dtype, dims, f"page{self.page_size}" if self.page_size else "dense"]
-        if self.op == "flash_forward":
+        if self.op in ("flash_forward", "flash_backward"):
             parts.append("causal" if self.causal else "full")
         elif self.op == "paged_decode":
             parts += [f"group{self.group}", f"q{self.seqlen_q}"]
         parts += ["window"] if self.window_left >= 0 else []
         parts += ["softcap"] if self.softcap > 0 else []
+        parts += ["bias"] * self.bias + ["alibi"] * self.alibi + ["dropout"] * (self.dropout_p > 0.0)
         return "-".join(parts + ["sinks"] * self.sinks + ["packed"] * self.packed)
 
 
 def _forward(arch: int, dtype: str, head_dim: int, **features) -> Case:
     return Case(arch, "flash_forward", dtype, head_dim, **features)
+
+
+def _backward(arch: int, dtype: str, head_dim: int, **features) -> Case:
+    return Case(arch, "flash_backward", dtype, head_dim, **features)
 
 
 def _decode(arch: int, dtype: str, head_dim: int, **features) -> Case:
@@ -75,6 +83,7 @@ def _decode(arch: int, dtype: str, head_dim: int, **features) -> Case:
 # every row of the tile tables; 192/128 is DeepSeek's
 HEAD_DIMS = ((64, 0), (128, 0), (256, 0), (192, 128))
 EVERYTHING = {"window_left": 512, "softcap": 30.0, "sinks": True}
+MODIFIERS = ({"bias": True}, {"alibi": True}, {"dropout_p": 0.1})
 
 
 def representative() -> list[Case]:
@@ -92,6 +101,22 @@ def representative() -> list[Case]:
     cases += [_forward(90, "fp16", 128, page_size=64, packed=True, **EVERYTHING)]
     cases += [_forward(90, "bf16", 128, causal=False)]
     cases += [Case(arch, "store_kv", "fp16", 128, page_size=16) for arch in (75, 90)]
+    return cases + representative_backward()
+
+
+def representative_backward() -> list[Case]:
+    """Each tile of the backward's tables, and the features together."""
+    cases = []
+    for arch, (d, dv) in itertools.product((80, 90, 100), HEAD_DIMS):
+        cases += [_backward(arch, "bf16", d, v_head_dim=dv)]
+    cases += [_backward(75, "fp16", d) for d in (64, 128)]
+    for arch in (80, 86, 90, 100):
+        cases += [_forward(arch, "bf16", 512, page_size=16), _decode(arch, "bf16", 512, group=8, seqlen_q=16)]
+    for d, _ in HEAD_DIMS[:3]:
+        cases += [_backward(arch, "bf16", d) for arch in (86, 120)] + [_backward(90, "fp32", d)]
+    cases += [_backward(90, "bf16", 64, causal=False, packed=True), _backward(90, "bf16", 128, **EVERYTHING)]
+    cases += [make(90, "bf16", 128, **modifier) for make in (_forward, _backward) for modifier in MODIFIERS]
+    cases += [_forward(arch, "bf16", d, bias=True) for arch in (80, 100) for d in (64, 128, 256)]
     return cases
 
 
@@ -105,6 +130,11 @@ def sweep() -> list[Case]:
             cases += [_forward(arch, dtype, d, packed=True, causal=causal, **shape) for causal in (True, False)]
             cases += [_forward(arch, dtype, d, window_left=512, **shape)]
             cases += [_forward(arch, dtype, d, packed=True, page_size=64, **shape, **EVERYTHING)]
+            if arch >= 80 or d <= 128:
+                cases += [_backward(arch, dtype, d, causal=causal, **shape) for causal in (True, False)]
+                for features in (EVERYTHING, *MODIFIERS):
+                    cases += [_backward(arch, dtype, d, packed=True, **shape, **features)]
+            cases += [_forward(arch, dtype, d, **features, **shape) for features in MODIFIERS]
             cases += [_decode(arch, dtype, d, group=group, **shape) for group in (1, 4, 8)]
             cases += [_decode(arch, dtype, d, page_size=page_size, **shape) for page_size in (0, 64, 256)]
             cases += [_decode(arch, dtype, d, group=group, seqlen_q=16, **shape, **EVERYTHING) for group in (1, 2, 8)]
@@ -116,6 +146,7 @@ def _launch(case: Case) -> None:
     """Calls the launcher on tensors without storage."""
     import torch
 
+    from hf_paged_flash.kernels.flash_backward import flash_backward
     from hf_paged_flash.kernels.flash_forward import flash_forward
     from hf_paged_flash.kernels.paged_decode import paged_decode
     from hf_paged_flash.kernels.store_kv import store_kv
@@ -145,21 +176,28 @@ def _launch(case: Case) -> None:
     elif case.op == "paged_decode":
         q = tensor(batch, case.seqlen_q, heads, case.head_dim)
         paged_decode(q, k, v, cache_seqlens=lengths, block_table=table, **scoring)
-    elif case.packed:
-        bounds = tensor(batch + 1, dtype=torch.int32)
-        q = tensor(batch * case.seqlen_q, heads, case.head_dim)
-        if not case.page_size:
-            k, v = k.flatten(0, 1), v.flatten(0, 1)
-        flash_forward(
-            q, k, v, cu_seqlens_q=bounds, cu_seqlens_k=bounds, block_table=table, max_seqlen_q=case.seqlen_q,
-            max_seqlen_k=context, **scoring,
-        )  # fmt: skip
     else:
-        q = tensor(batch, case.seqlen_q, heads, case.head_dim)
-        flash_forward(
-            q, k, v, seqused_k=lengths if case.page_size else None, block_table=table, max_seqlen_q=case.seqlen_q,
-            max_seqlen_k=context, **scoring,
-        )  # fmt: skip
+        scoring |= dict(
+            bias=tensor(1, heads, case.seqlen_q, context) if case.bias else None,
+            alibi_slopes=tensor(1, heads, dtype=torch.float32) if case.alibi else None,
+            dropout_p=case.dropout_p,
+            dropout_seed=tensor(1, dtype=torch.int64) if case.dropout_p else None,
+            max_seqlen_q=case.seqlen_q,
+            max_seqlen_k=context,
+        )
+        q, lse = tensor(batch, case.seqlen_q, heads, case.head_dim), tensor(batch, heads, case.seqlen_q)
+        if case.packed:
+            bounds = tensor(batch + 1, dtype=torch.int32)
+            scoring |= {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds}
+            q, lse = q.flatten(0, 1), tensor(heads, batch * case.seqlen_q)
+            k, v = (k, v) if case.page_size else (k.flatten(0, 1), v.flatten(0, 1))
+        elif case.page_size:
+            scoring["seqused_k"] = lengths
+        if case.op == "flash_forward":
+            flash_forward(q, k, v, block_table=table, **scoring)
+        else:
+            out = q.new_empty(*q.shape[:-1], v_head_dim)
+            flash_backward(out, None, q, k, v, out, lse.float(), bias_needs_grad=case.bias, **scoring)
 
 
 class _NoGPU:
@@ -261,6 +299,8 @@ def problems(record: dict) -> list[str]:
     if "error" in record:
         return [record["error"]]
     found = list(record["warnings"])
+    if record.get("registers", 255) < 16 and record["kernel"] != "store_kv_kernel":
+        found.append(f"uses {record['registers']} registers: what did not fit was compiled to a trap")
     if record["loop_spills"]:
         found.append(f"{record['loop_spills']} accesses to local memory inside loops")
     if record["spills"] > SPILLED_OUTSIDE_LOOPS:

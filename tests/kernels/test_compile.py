@@ -40,6 +40,7 @@ def test_problems_are_found():
     fit = {"arch": 75, "warnings": [], "loop_spills": 0, "spills": 8, "shared": 65536}
     assert problems(fit) == []
     assert "shared memory, sm_75 has 65536" in problems({**fit, "shared": 65537})[0]
+    assert "compiled to a trap" in problems({**fit, "kernel": "dkv_kernel", "registers": 4})[0]
     assert "inside loops" in problems({**fit, "loop_spills": 1})[0]
     assert "spills 4096 bytes" in problems({**fit, "spills": 4096})[0]
     assert problems({**fit, "warnings": ["C7511: wgmma serialized"]}) == ["C7511: wgmma serialized"]

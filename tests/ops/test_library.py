@@ -31,39 +31,51 @@ def reference_backend():
     backend.configure(backend=before)
 
 
-def no_backward_calls(q, k, v, s_aux=None):
-    yield library.flash_forward_no_backward(q, k, v, max_seqlen_q=3, max_seqlen_k=5, s_aux=s_aux, **FORWARD)
-    yield library.paged_decode_no_backward(q, k, v, cache_seqlens=int32(5, 2), s_aux=s_aux, **FORWARD)
+def paged_calls(q, s_aux=None):
+    options = dict(block_table=TABLE, s_aux=s_aux, **FORWARD)
+    yield library.flash_forward(q, CACHE, CACHE, seqused_k=LENGTHS, max_seqlen_q=3, max_seqlen_k=64, **options)
+    yield library.paged_decode_no_backward(q, CACHE, CACHE.clone(), cache_seqlens=LENGTHS, **options)
 
 
 @pytest.mark.parametrize("sink", [False, True])
-def test_no_backward_runs_forward_and_refuses_backward(sink):
-    q, k, v = torch.randn(2, 3, 4, 16, requires_grad=True), torch.randn(2, 5, 2, 16), torch.randn(2, 5, 2, 24)
-    s_aux = torch.zeros(4, requires_grad=True) if sink else None
+def test_paged_keys_run_forward_and_refuse_backward(sink):
+    q, s_aux = torch.randn(2, 3, 4, 16, requires_grad=True), torch.zeros(4, requires_grad=True) if sink else None
     with torch.no_grad():
-        expected = list(no_backward_calls(q, k, v, s_aux))
+        expected = list(paged_calls(q, s_aux))
     assert not any(x.requires_grad for pair in expected for x in pair)
-    for (out, lse), (expected_out, expected_lse) in zip(no_backward_calls(q, k, v, s_aux), expected, strict=True):
+    for (out, lse), (expected_out, expected_lse) in zip(paged_calls(q, s_aux), expected, strict=True):
         assert torch.equal(out, expected_out) and torch.equal(lse, expected_lse)
         for result in (out, lse):
-            with pytest.raises(UnsupportedFeatureError, match="no backward pass yet"):
+            with pytest.raises(UnsupportedFeatureError, match="no backward pass through paged keys"):
                 result.sum().backward(retain_graph=True)
     assert q.grad is None
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_no_backward_compiles_with_autograd_on(dynamic):
-    q, k, v = torch.randn(2, 3, 4, 16, requires_grad=True), torch.randn(2, 5, 2, 16), torch.randn(2, 5, 2, 24)
+def test_paged_keys_compile_with_autograd_on(dynamic):
+    q = torch.randn(2, 3, 4, 16, requires_grad=True)
+
+    def model(q):
+        return sum(out for out, _ in paged_calls(q * 2))
+
+    out = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=dynamic)(q)
+    assert torch.equal(out, model(q))
+    with pytest.raises(UnsupportedFeatureError, match="no backward pass through paged keys"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_gradients_compile(dynamic):
+    shapes = (2, 3, 4, 16), (2, 5, 2, 16), (2, 5, 2, 24)
+    leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
 
     def model(q, k, v):
-        return library.flash_forward_no_backward(
-            q * 2, k, v, max_seqlen_q=q.shape[1], max_seqlen_k=k.shape[1], **FORWARD
-        )[0]
+        out, lse = library.flash_forward(q * 2, k, v, max_seqlen_q=q.shape[1], max_seqlen_k=k.shape[1], **FORWARD)
+        return out.square().sum() + lse.sum()
 
-    out = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=dynamic)(q, k, v)
-    assert torch.equal(out, model(q, k, v))
-    with pytest.raises(UnsupportedFeatureError, match="no backward pass yet"):
-        out.sum().backward()
+    expected = torch.autograd.grad(model(*leaves), leaves)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    torch.testing.assert_close(torch.autograd.grad(compiled(*leaves), leaves), expected)
 
 
 def test_store_kv_keeps_no_history_of_keys_that_require_grad():
@@ -96,11 +108,42 @@ OPERATOR_CALLS = {
 }
 
 
+def leaves(*tensors):
+    return tuple(torch.randn_like(x).requires_grad_() for x in tensors)
+
+
+SEED = torch.tensor([7])
+OPERATOR_CALLS |= {
+    "dense gradients": lambda: (
+        library.flash_forward,
+        leaves(Q, K, K[..., :8]),
+        {"max_seqlen_q": 3, "max_seqlen_k": 5, "s_aux": leaves(torch.zeros(4))[0], **FORWARD},
+    ),
+    "packed gradients": lambda: (
+        library.flash_forward,
+        leaves(PACKED[0], PACKED[1], PACKED[1]),
+        {"cu_seqlens_q": int32(0, 3, 6), "cu_seqlens_k": int32(0, 5, 10), "max_seqlen_q": 3, "max_seqlen_k": 5}
+        | FORWARD,
+    ),
+    "bias and dropout gradients": lambda: (
+        library.flash_forward,
+        leaves(Q, K, K),
+        {"bias": leaves(torch.zeros(1, 4, 3, 5))[0], "dropout_p": 0.2, "dropout_seed": SEED, "max_seqlen_q": 3}
+        | {"alibi_slopes": torch.ones(1, 4), "max_seqlen_k": 5, **FORWARD},
+    ),
+    "backward": lambda: (
+        library.flash_backward,
+        (Q, torch.zeros(2, 4, 3), Q, K, K, Q, torch.zeros(2, 4, 3)),
+        {"s_aux": torch.zeros(4), "bias": torch.zeros(1, 1, 3, 5), "bias_needs_grad": True, "max_seqlen_q": 3}
+        | {"max_seqlen_k": 5, **FORWARD},
+    ),
+}
+
+
 @pytest.mark.parametrize("name", OPERATOR_CALLS)
-def test_schemas_and_fakes(name):
+def test_schemas_fakes_and_autograd(name):
     operator, arguments, options = OPERATOR_CALLS[name]()
-    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(operator, arguments, options, test_utils=checks)
+    torch.library.opcheck(operator, arguments, options)
 
 
 def test_public_functions_compile_in_one_graph():

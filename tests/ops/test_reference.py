@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from hf_paged_flash.ops import reference
+from hf_paged_flash.ops import reference, scoring
 from hf_paged_flash.ops.reference import flash_forward, paged_decode, store_kv
 from tests.ops.naive import cumulative, naive_row, paged
 
@@ -231,8 +231,8 @@ def test_chunks_of_queries_change_nothing(feature, monkeypatch):
     q, k, v = tensors((2, 51, 4, 16), (2, 67, 2, 16), 16)
     settings = {"max_seqlen_q": 51, "max_seqlen_k": 67, **arguments(feature, 4, 16)}
     whole_out, whole_lse = flash_forward(q, k, v, **settings)
-    monkeypatch.setattr(reference, "_CHUNK_ELEMENTS", 1)
-    monkeypatch.setattr(reference, "_MIN_CHUNK", 8)
+    monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(scoring, "MIN_CHUNK", 8)
     out, lse = flash_forward(q, k, v, **settings)
     assert_close(out, whole_out.double())
     assert_close(lse, whole_lse.double())

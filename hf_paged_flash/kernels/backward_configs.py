@@ -1,0 +1,67 @@
+"""Tile tables of the backward kernels, as in configs.py: {largest padded head_dim: tile}.
+
+dK/dV keep BLOCK_N keys in registers and walk over queries, dQ the other way round. Two accumulators, S and dP at once
+fill the registers long before the shared memory: tests/kernels/test_compile.py holds every row against spills.
+"""
+
+import torch
+
+from ..errors import UnsupportedFeatureError
+from .configs import Device, Tile
+
+_Table = dict[int, Tile]
+
+_DKV_HOPPER = {64: Tile(64, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 2)}
+_DQ_HOPPER = {64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2)}
+_DKV_BLACKWELL = {64: Tile(32, 128, 8, 2), 128: Tile(32, 32, 8, 2), 256: Tile(32, 32, 8, 1)}
+_DQ_BLACKWELL = _DQ_HOPPER
+_DKV_AMPERE = {64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 1)}
+_DQ_AMPERE = {64: Tile(128, 64, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 1)}
+# no tensor cores: IEEE products of fp32, into which fp16 is brought before Ampere, where its operands would spill
+_DKV_FP32 = {64: Tile(32, 32, 8, 1), 128: Tile(16, 32, 8, 1), 256: Tile(16, 16, 8, 1)}
+_DQ_FP32 = {64: Tile(32, 32, 8, 1), 128: Tile(16, 32, 8, 1), 256: Tile(16, 16, 8, 1)}
+_INTERPRETER = {512: Tile(32, 32, 4, 1)}
+
+
+def _tables(dtype: torch.dtype, capability: int) -> tuple[_Table, _Table]:
+    """(dK/dV's, dQ's)."""
+    if capability == 0:
+        return _INTERPRETER, _INTERPRETER
+    if dtype == torch.float32 or capability < 80:
+        return _DKV_FP32, _DQ_FP32
+    if capability < 90 or capability >= 120:
+        return _DKV_AMPERE, _DQ_AMPERE
+    return (_DKV_HOPPER, _DQ_HOPPER) if capability < 100 else (_DKV_BLACKWELL, _DQ_BLACKWELL)
+
+
+def _row(table: _Table, block_d: int, block_dv: int) -> Tile:
+    return table[min(limit for limit in table if limit >= max(block_d, block_dv))]
+
+
+def compute_dtype(block_d: int, block_dv: int, dtype: torch.dtype, device: Device) -> torch.dtype:
+    """The dtype that the kernels should load.
+
+    Raises:
+        UnsupportedFeatureError: the tiles for these head dims do not fit a GPU before Ampere.
+    """
+    if device.capability == 0 or device.capability >= 80:
+        return dtype
+    if max(block_d, block_dv) > 128:
+        raise UnsupportedFeatureError(
+            "hf_paged_flash has no backward kernel for a head_dim above 128 on GPUs before Ampere: train with the "
+            "'sdpa' attention, or choose the backend 'reference'"
+        )
+    return torch.float32
+
+
+def dkv_tile(block_d: int, block_dv: int, dtype: torch.dtype, device: Device, modified: bool) -> Tile:
+    """The dK/dV kernel's tile for padded head dims `block_d` (K) and `block_dv` (V); `modified`: biases or dropout."""
+    table = _tables(dtype, device.capability)[0]
+    if modified:  # they take registers: the tile of heads twice as wide
+        block_d, block_dv = (min(2 * block, max(table)) for block in (block_d, block_dv))
+    return _row(table, block_d, block_dv)
+
+
+def dq_tile(block_d: int, block_dv: int, dtype: torch.dtype, device: Device) -> Tile:
+    """The dQ kernel's tile for padded head dims `block_d` (K) and `block_dv` (V)."""
+    return _row(_tables(dtype, device.capability)[1], block_d, block_dv)
