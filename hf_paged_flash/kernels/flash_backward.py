@@ -94,8 +94,12 @@ def flash_backward(
     dropout_p: float = 0.0,
     dropout_seed: torch.Tensor | None = None,
     bias_needs_grad: bool = False,
+    deterministic: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Launches the three kernels; arguments and results as in `hf_paged_flash.ops.reference.flash_backward`."""
+    """Launches the three kernels; arguments and results as in `hf_paged_flash.ops.reference_backward.flash_backward`.
+
+    No sum's order depends on timing, so `deterministic` changes nothing.
+    """
     packed = cu_seqlens_q is not None
     packed_k = k.dim() == 3
     num_heads, head_dim = q.shape[-2:]

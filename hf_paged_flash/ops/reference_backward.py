@@ -55,6 +55,7 @@ def flash_backward(
     dropout_p: float = 0.0,
     dropout_seed: torch.Tensor | None = None,
     bias_needs_grad: bool = False,
+    deterministic: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Gradients of `reference.flash_forward`, whose arguments and results it takes; keys are dense or packed.
 
@@ -62,6 +63,7 @@ def flash_backward(
         dout: gradient of out, as out.
         dlse: gradient of lse, as lse, or None for zero.
         bias_needs_grad: whether the bias's gradient is wanted.
+        deterministic: whether the same inputs must give the same bits each time, as they always do here.
 
     Returns:
         dq, dk, dv as q, k, v, contiguous; the gradients of s_aux (Hq,) and of bias, in their dtypes, None where there
