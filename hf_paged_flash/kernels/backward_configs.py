@@ -1,4 +1,4 @@
-"""Tile tables of the backward kernels, as in configs.py: {largest padded head_dim: tile}.
+"""Tile tables of the backward kernels, as in configs.py, by the largest padded head_dim.
 
 dK/dV keep BLOCK_N keys in registers and walk over queries, dQ the other way round. Two accumulators, S and dP at once
 fill the registers long before the shared memory: tests/kernels/test_compile.py holds every row against spills.
@@ -9,24 +9,26 @@ import torch
 from ..errors import UnsupportedFeatureError
 from .configs import Device, Tile
 
-_Table = dict[int, Tile]
+# dK/dV's rows: one tile, or two of launches of their own, dK's and dV's: half the accumulators for Q K^T once more
+_DKV = dict[int, tuple[Tile, ...]]
+_DQ = dict[int, Tile]
 
-_DKV_HOPPER = {64: Tile(64, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 2)}
-_DQ_HOPPER = {64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2)}
-_DKV_BLACKWELL = {64: Tile(32, 128, 8, 2), 128: Tile(32, 32, 8, 2), 256: Tile(32, 32, 8, 1)}
+_DKV_HOPPER: _DKV = {64: (Tile(64, 128, 8, 2),), 128: (Tile(32, 64, 8, 2),), 256: (Tile(32, 32, 8, 2),)}
+_DQ_HOPPER: _DQ = {64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2)}
+_DKV_BLACKWELL: _DKV = {64: (Tile(32, 128, 8, 2),), 128: (Tile(32, 32, 8, 2),), 256: (Tile(32, 32, 8, 1),)}
 _DQ_BLACKWELL = _DQ_HOPPER
-_DKV_AMPERE = {64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 1)}
-_DQ_AMPERE = {64: Tile(128, 64, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 1)}
+_DKV_AMPERE: _DKV = {64: (Tile(32, 128, 8, 2),), 128: (Tile(32, 64, 8, 2),), 256: (Tile(32, 32, 8, 1),)}
+_DQ_AMPERE: _DQ = {64: Tile(128, 64, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 1)}
 # no tensor cores: IEEE products of fp32, into which fp16 is brought before Ampere, where its operands would spill
-_DKV_FP32 = {64: Tile(32, 32, 8, 1), 128: Tile(16, 32, 8, 1), 256: Tile(16, 16, 8, 1)}
-_DQ_FP32 = {64: Tile(32, 32, 8, 1), 128: Tile(16, 32, 8, 1), 256: Tile(16, 16, 8, 1)}
-_INTERPRETER = {512: Tile(32, 32, 4, 1)}
+_DKV_FP32: _DKV = {64: (Tile(32, 32, 8, 1),), 128: (Tile(16, 32, 8, 1),), 256: (Tile(16, 16, 8, 1),)}
+_DQ_FP32: _DQ = {64: Tile(32, 32, 8, 1), 128: Tile(16, 32, 8, 1), 256: Tile(16, 16, 8, 1)}
+_DKV_INTERPRETER: _DKV = {128: (Tile(32, 32, 4, 1),), 512: (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))}
+_DQ_INTERPRETER: _DQ = {512: Tile(32, 32, 4, 1)}
 
 
-def _tables(dtype: torch.dtype, capability: int) -> tuple[_Table, _Table]:
-    """(dK/dV's, dQ's)."""
+def _tables(dtype: torch.dtype, capability: int) -> tuple[_DKV, _DQ]:
     if capability == 0:
-        return _INTERPRETER, _INTERPRETER
+        return _DKV_INTERPRETER, _DQ_INTERPRETER
     if dtype == torch.float32 or capability < 80:
         return _DKV_FP32, _DQ_FP32
     if capability < 90 or capability >= 120:
@@ -34,7 +36,7 @@ def _tables(dtype: torch.dtype, capability: int) -> tuple[_Table, _Table]:
     return (_DKV_HOPPER, _DQ_HOPPER) if capability < 100 else (_DKV_BLACKWELL, _DQ_BLACKWELL)
 
 
-def _row(table: _Table, block_d: int, block_dv: int) -> Tile:
+def _row(table: dict, block_d: int, block_dv: int):
     return table[min(limit for limit in table if limit >= max(block_d, block_dv))]
 
 
@@ -54,12 +56,20 @@ def compute_dtype(block_d: int, block_dv: int, dtype: torch.dtype, device: Devic
     return torch.float32
 
 
-def dkv_tile(block_d: int, block_dv: int, dtype: torch.dtype, device: Device, modified: bool) -> Tile:
-    """The dK/dV kernel's tile for padded head dims `block_d` (K) and `block_dv` (V); `modified`: biases or dropout."""
+def dkv_launches(
+    block_d: int, block_dv: int, dtype: torch.dtype, device: Device, modified: bool
+) -> tuple[tuple[Tile, bool, bool], ...]:
+    """(tile, with dK, with dV) of each launch of the dK/dV kernel for padded head dims `block_d` (K), `block_dv` (V).
+
+    `modified`: with biases or dropout.
+    """
     table = _tables(dtype, device.capability)[0]
     if modified:  # they take registers: the tile of heads twice as wide
         block_d, block_dv = (min(2 * block, max(table)) for block in (block_d, block_dv))
-    return _row(table, block_d, block_dv)
+    tiles = _row(table, block_d, block_dv)
+    if len(tiles) == 1:
+        return ((tiles[0], True, True),)
+    return (tiles[0], True, False), (tiles[1], False, True)
 
 
 def dq_tile(block_d: int, block_dv: int, dtype: torch.dtype, device: Device) -> Tile:

@@ -50,6 +50,8 @@ def _add_queries(
     HAS_ALIBI: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    WITH_DK: tl.constexpr,
+    WITH_DV: tl.constexpr,
 ):
     """Adds what queries `first .. last` (multiples of BLOCK_M) give to dK (N, D) and dV (N, Dv) of one key tile."""
     offs_m = tl.arange(0, BLOCK_M)
@@ -83,11 +85,13 @@ def _add_queries(
         kept = 1.0
         if HAS_DROPOUT:
             kept = dropout_factors(seed, dropout_threshold, keep_scale, queries, k_pos[:, None], head, row)
-        dv = tl.dot((p_t * kept).to(do.dtype), do, dv, input_precision=PRECISION)
-        dp_t = tl.dot(v, tl.trans(do), input_precision=PRECISION) * kept
-        delta = tl.load(delta_base + start_m + offs_m, mask=offs_m < rest, other=0.0)
-        ds_t = p_t * (dp_t - delta[None, :]) * slope
-        dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=PRECISION)
+        if WITH_DV:
+            dv = tl.dot((p_t * kept).to(do.dtype), do, dv, input_precision=PRECISION)
+        if WITH_DK:
+            dp_t = tl.dot(v, tl.trans(do), input_precision=PRECISION) * kept
+            delta = tl.load(delta_base + start_m + offs_m, mask=offs_m < rest, other=0.0)
+            ds_t = p_t * (dp_t - delta[None, :]) * slope
+            dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
 
@@ -154,6 +158,8 @@ def dkv_kernel(
     HAS_ALIBI: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    WITH_DK: tl.constexpr,
+    WITH_DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -195,7 +201,9 @@ def dkv_kernel(
     k_pointers = K + k_row + head_k * stride_k_h + keys[:, None] * stride_k_n + offs_d[None, :]
     v_pointers = V + v_row + head_k * stride_v_h + keys[:, None] * stride_v_n + offs_dv[None, :]
     k = load_tile(k_pointers, offs_n, offs_d, seqlen_k - start_n, HEAD_DIM, BLOCK_D, True)
-    v = load_tile(v_pointers, offs_n, offs_dv, seqlen_k - start_n, V_HEAD_DIM, BLOCK_DV, True)
+    v = k
+    if WITH_DK:
+        v = load_tile(v_pointers, offs_n, offs_dv, seqlen_k - start_n, V_HEAD_DIM, BLOCK_DV, True)
 
     # queries [begin, end) can see a key of this tile, tiles in [full_begin, full_end) see all of them
     shift = seqlen_k - seqlen_q
@@ -235,29 +243,31 @@ def dkv_kernel(
                 dk, dv, k, v, q_base, do_base, lse_base, delta_base, begin, full_begin, k_pos, seqlen_q, seqlen_k,
                 window_left, window_right, scale_log2, softcap_log2, stride_q_m, stride_do_m, bias_base, stride_bias_m,
                 stride_bias_n, alibi_slope, seed, dropout_threshold, keep_scale, head32, row32,
- HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
- BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,
+                HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+                BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION, WITH_DK, WITH_DV,
             )  # fmt: skip
         dk, dv = _add_queries(
             dk, dv, k, v, q_base, do_base, lse_base, delta_base, full_begin, full_end, k_pos, seqlen_q, seqlen_k,
             window_left, window_right, scale_log2, softcap_log2, stride_q_m, stride_do_m, bias_base, stride_bias_m,
             stride_bias_n, alibi_slope, seed, dropout_threshold, keep_scale, head32, row32,
- HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, False, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
- BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,
+            HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, False, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+            BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION, WITH_DK, WITH_DV,
         )  # fmt: skip
         dk, dv = _add_queries(
             dk, dv, k, v, q_base, do_base, lse_base, delta_base, full_end, end, k_pos, seqlen_q, seqlen_k,
             window_left, window_right, scale_log2, softcap_log2, stride_q_m, stride_do_m, bias_base, stride_bias_m,
             stride_bias_n, alibi_slope, seed, dropout_threshold, keep_scale, head32, row32,
- HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
- BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,
+            HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+            BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION, WITH_DK, WITH_DV,
         )  # fmt: skip
     # keys behind `seqused_k` are stored but unseen: their gradients are 0
     used = (start_n + offs_n < seqlen_k)[:, None]
-    dk = tl.where(used, dk * softmax_scale, 0.0)
-    dv = tl.where(used, dv, 0.0)
     in_row = (start_n + offs_n < stored_k)[:, None]
-    dk_pointers = DK + dk_row + head_k * stride_dk_h + keys[:, None] * stride_dk_n + offs_d[None, :]
-    dv_pointers = DV + dv_row + head_k * stride_dv_h + keys[:, None] * stride_dv_n + offs_dv[None, :]
-    tl.store(dk_pointers, dk.to(DK.dtype.element_ty), mask=in_row & (offs_d < HEAD_DIM)[None, :])
-    tl.store(dv_pointers, dv.to(DV.dtype.element_ty), mask=in_row & (offs_dv < V_HEAD_DIM)[None, :])
+    if WITH_DK:
+        dk = tl.where(used, dk * softmax_scale, 0.0)
+        dk_pointers = DK + dk_row + head_k * stride_dk_h + keys[:, None] * stride_dk_n + offs_d[None, :]
+        tl.store(dk_pointers, dk.to(DK.dtype.element_ty), mask=in_row & (offs_d < HEAD_DIM)[None, :])
+    if WITH_DV:
+        dv = tl.where(used, dv, 0.0)
+        dv_pointers = DV + dv_row + head_k * stride_dv_h + keys[:, None] * stride_dv_n + offs_dv[None, :]
+        tl.store(dv_pointers, dv.to(DV.dtype.element_ty), mask=in_row & (offs_dv < V_HEAD_DIM)[None, :])

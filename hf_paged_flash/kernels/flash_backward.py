@@ -96,7 +96,7 @@ def flash_backward(
     bias_needs_grad: bool = False,
     deterministic: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Launches the three kernels; arguments and results as in `hf_paged_flash.ops.reference_backward.flash_backward`.
+    """Launches the kernels; arguments and results as in `hf_paged_flash.ops.reference_backward.flash_backward`.
 
     No sum's order depends on timing, so `deterministic` changes nothing.
     """
@@ -157,11 +157,12 @@ def flash_backward(
             )  # fmt: skip
         if dk.numel():
             modified = bias is not None or alibi_slopes is not None or dropout_p > 0.0
-            tile = backward_configs.dkv_tile(block_d, block_dv, q.dtype, device, modified)
-            dkv_kernel[(triton.cdiv(max_seqlen_k, tile.block_n), num_kv_heads, batch)](
-                **shared, DK=dk, DV=dv, **strides("dk", dk, "n"), **strides("dv", dv, "n"),
-                BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
-            )  # fmt: skip
+            for tile, with_dk, with_dv in backward_configs.dkv_launches(block_d, block_dv, q.dtype, device, modified):
+                dkv_kernel[(triton.cdiv(max_seqlen_k, tile.block_n), num_kv_heads, batch)](
+                    **shared, DK=dk, DV=dv, **strides("dk", dk, "n"), **strides("dv", dv, "n"),
+                    WITH_DK=with_dk, WITH_DV=with_dv, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+                    num_warps=tile.num_warps, num_stages=tile.num_stages,
+                )  # fmt: skip
         dbias = bias_gradient(bias, batch, shared) if bias_needs_grad else None
     dq, dk, dv = (x.to(dtype) for x in (dq, dk, dv))
     return dq, dk, dv, None if s_aux is None else _sink_gradient(s_aux, delta, lse_log2), dbias
