@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import importlib
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
@@ -15,6 +18,9 @@ import torch
 # From the first version to before the second: from 3.9 on Gluon's copies have another interface.
 TRITON_VERSIONS = ((3, 6), (3, 9))
 HEAD_DIMS = (64, 128, 256)
+
+_lock = threading.Lock()
+_switched_off = 0  # how many `disabled()` are open
 
 
 def _version_problem(version: str) -> str | None:
@@ -51,10 +57,25 @@ def _hardware_problem(index: int) -> str | None:
 
 def unavailable(device: torch.device) -> str | None:
     """Why Hopper's kernels do not run on `device`, in words for people, or None where they do."""
+    if _switched_off:
+        return "they are switched off (hopper.disabled())"
     if device.type != "cuda":
         return f"they need a CUDA device, got {device.type}"
     index = torch.cuda.current_device() if device.index is None else device.index
     return _hardware_problem(index) or _software_problem()
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    """The portable kernels do all the work inside, in every thread: autograd runs backward passes in its own."""
+    global _switched_off
+    with _lock:
+        _switched_off += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _switched_off -= 1
 
 
 def tensor_strides(x: torch.Tensor) -> list[int]:
