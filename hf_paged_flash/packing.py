@@ -1,4 +1,7 @@
-"""Padded batches to packed rows and back."""
+"""Padded batches to packed rows and back, and where packed rows begin.
+
+What is read from a mask costs a device sync, and every layer of a forward gets the same mask object: it is kept on it.
+"""
 
 from dataclasses import dataclass
 
@@ -10,7 +13,7 @@ from torch import nn
 class Packing:
     """Where the tokens of a padded batch are, and where each row begins once packed."""
 
-    indices: torch.Tensor  # int64 (tokens,), places among B * S
+    indices: torch.Tensor | None  # int64 (tokens,), places among B * S; None for all
     cu_seqlens: torch.Tensor  # int32 (B + 1,)
     max_seqlen: int
 
@@ -20,6 +23,46 @@ class Packing:
         lengths = mask.sum(1, dtype=torch.int32)
         cu_seqlens = nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
         return Packing(torch.nonzero(mask.flatten())[:, 0], cu_seqlens, int(lengths.max()))
+
+    @staticmethod
+    def of_padding(mask: torch.Tensor, q_length: int, positional: bool) -> tuple["Packing", "Packing"]:
+        """Of the keys that are tokens in `mask`, bool (B, Sk), and of `q_length` queries a row.
+
+        Queries are the last of the keys where they are `positional`; else all of them count, padding or not.
+        """
+        known, packings = getattr(mask, "_paged_flash_padding", (None, None))
+        if known == (q_length, positional):
+            return packings
+        keys = Packing.of(mask)
+        if not positional:
+            queries = Packing.of(mask.new_ones(mask.shape[0], q_length))
+        else:
+            queries = keys if q_length == mask.shape[1] else Packing.of(mask[:, mask.shape[1] - q_length :])
+        mask._paged_flash_padding = (q_length, positional), (keys, queries)
+        return keys, queries
+
+    @staticmethod
+    def of_segments(segments: torch.Tensor) -> "Packing":
+        """Of ids (B, S) of packed rows: one ends where its batch row ends, or where the id changes."""
+        packing = getattr(segments, "_paged_flash_segments", None)
+        if packing is None:
+            starts = torch.ones_like(segments, dtype=torch.bool)
+            starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
+            cu_seqlens = nn.functional.pad(torch.nonzero(starts.flatten())[:, 0], (0, 1), value=segments.numel())
+            packing = Packing(None, cu_seqlens.to(torch.int32), int(cu_seqlens.diff().max()))
+            segments._paged_flash_segments = packing
+        return packing
+
+
+def longest(cu_seqlens: torch.Tensor) -> int:
+    """The longest row's length, from the user's own offsets (B + 1,): read again once they are written to."""
+    if cu_seqlens.is_inference():  # no count of writes
+        return int(cu_seqlens.diff().max())
+    known, length = getattr(cu_seqlens, "_paged_flash_longest", (None, None))
+    if known != cu_seqlens._version:
+        length = int(cu_seqlens.diff().max())
+        cu_seqlens._paged_flash_longest = cu_seqlens._version, length
+    return length
 
 
 def pack(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

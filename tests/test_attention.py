@@ -6,8 +6,17 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, DynamicCache, EncoderDecoderCache, StaticCache
 
-from hf_paged_flash import ArgumentError, PagedCache, UnsupportedFeatureError, counters, reset_counters
+from hf_paged_flash import (
+    ArgumentError,
+    PagedCache,
+    UnsupportedFeatureError,
+    counters,
+    flash_attn_func,
+    flash_attn_varlen_func,
+    reset_counters,
+)
 from hf_paged_flash.attention import paged_flash_attention_forward
+from hf_paged_flash.ops import library
 from tests.tiny_models import MODEL_TYPES, VOCAB_SIZE, ragged_batch, randomize, tiny_config, tiny_model
 
 # fp32 in another order of operations
@@ -373,6 +382,14 @@ class TestWhatIsRefused:
         with pytest.raises(ArgumentError, match=r"must have shape \(1, 2, 4, 4\), .* got"):
             paged_flash_attention_forward(nn.Module().eval(), x, x, x, position_bias=torch.zeros(shape))
 
+    @pytest.mark.parametrize("name", ["attention_mask", "position_bias"])
+    def test_what_offsets_of_packed_rows_do_not_go_with(self, name):
+        x = torch.randn(1, 2, 4, 16)
+        offsets = torch.tensor([0, 1, 4])
+        wrong = {"attention_mask": torch.tensor([[1, 1, 1, 0]]), "position_bias": torch.zeros(1, 1, 4, 4)}
+        with pytest.raises(UnsupportedFeatureError, match=f"`{name}`.*`cu_seq_lens_q`"):
+            paged_flash_attention_forward(nn.Module().eval(), x, x, x, cu_seq_lens_q=offsets, **{name: wrong[name]})
+
     @pytest.mark.parametrize("name", ["head_mask", "indices", "block_indices"])
     def test_arguments_that_no_path_applies(self, name):
         layer = nn.Module().eval()
@@ -456,6 +473,48 @@ class TestDtypes:
         assert errors[1] <= 2 * errors[0]
 
 
+class TestDeterminism:
+    """The flag reaches the backward operator, whatever asks for it."""
+
+    @pytest.fixture
+    def asked(self, monkeypatch):
+        flags, run = [], library.reference_backward.flash_backward
+
+        def recording(*arguments, deterministic=False, **options):
+            flags.append(deterministic)
+            return run(*arguments, deterministic=deterministic, **options)
+
+        monkeypatch.setattr(library.reference_backward, "flash_backward", recording)
+        return flags
+
+    @staticmethod
+    def run(**options):
+        x = torch.randn(1, 2, 4, 16, requires_grad=True)
+        paged_flash_attention_forward(nn.Module().eval(), x, x, x, **options)[0].sum().backward()
+        flash_attn_func(x, x, x, **options).sum().backward()
+        offsets = torch.tensor([0, 4], dtype=torch.int32)
+        flash_attn_varlen_func(x[0], x[0], x[0], offsets, offsets, 2, 2, **options).sum().backward()
+
+    def test_by_argument(self, asked):
+        self.run(deterministic=True)
+        self.run(deterministic=False)
+        assert asked == [True] * 3 + [False] * 3
+
+    def test_by_torchs_flag(self, asked):
+        torch.use_deterministic_algorithms(True)
+        try:
+            self.run(deterministic=False)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert asked == [True] * 3
+
+    @pytest.mark.parametrize("value", ["0", "1"])
+    def test_by_the_environment_as_in_transformers(self, asked, value, monkeypatch):
+        monkeypatch.setenv("FLASH_ATTENTION_DETERMINISTIC", value)
+        self.run()
+        assert asked == [value == "1", False, False]
+
+
 class TestCounters:
     def test_which_operations_a_generation_runs(self):
         model = tiny_model(tiny_config("llama"), "paged_flash")
@@ -478,23 +537,51 @@ class TestCounters:
             assert counters().reference == {"paged_decode": 3, "flash_forward": 3, "store_kv": 6}
 
 
-@pytest.mark.parametrize("refused", ["output_attentions", "4-D mask"])
+REFUSED = {
+    "output_attentions": (UnsupportedFeatureError, {"output_attentions": True}),
+    "a 4-D mask that does not fit": (ArgumentError, {"attention_mask": torch.ones(1, 1, 2, 3, dtype=torch.bool)}),
+    "a 3-D mask": (UnsupportedFeatureError, {"attention_mask": torch.zeros(1, 2, 2)}),
+    "offsets": (UnsupportedFeatureError, {"cu_seq_lens_q": torch.tensor([0, 2])}),
+}
+
+
+@pytest.mark.parametrize("refused", REFUSED)
 def test_a_refused_forward_leaves_the_cache_as_it_was(refused):
     model = tiny_model(tiny_config("llama"), "paged_flash")
     input_ids, _ = ragged_batch([9], None)
     cache = PagedCache(model.config)
+    error, wrong = REFUSED[refused]
     with torch.no_grad():
         expected = model(input_ids).logits
         for columns in (0, 4):
             cache.reset()
             if columns:
                 model(input_ids[:, :columns], past_key_values=cache)
-            wrong = {
-                "output_attentions": {"output_attentions": True},
-                "4-D mask": {"attention_mask": torch.zeros(1, 1, 2, 2)},
-            }
-            with pytest.raises(UnsupportedFeatureError):
-                model(input_ids[:, columns : columns + 2], past_key_values=cache, **wrong[refused])
+            if refused == "a 3-D mask":  # transformers itself stumbles over it before attention does
+                mask = wrong["attention_mask"]
+                key, value = cache.update(torch.zeros(1, 2, 2, 16), torch.zeros(1, 2, 2, 16), 0)
+                with pytest.raises(error):
+                    paged_flash_attention_forward(model.model.layers[0], torch.zeros(1, 4, 2, 16), key, value, mask)
+            else:
+                with pytest.raises(error):
+                    model(input_ids[:, columns : columns + 2], past_key_values=cache, **wrong)
             assert cache.get_seq_length() == columns
             out = model(input_ids[:, columns:], past_key_values=cache).logits
             torch.testing.assert_close(out, expected[:, columns:])
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+@pytest.mark.parametrize("cache", [DynamicCache, PagedCache])
+def test_a_4d_mask_over_a_cache_says_all(model_type, cache):
+    eager, model = pair(model_type)
+    input_ids, _ = ragged_batch([20, 20], None)
+    seen = torch.rand(2, 1, 20, 20, generator=torch.Generator().manual_seed(1)) < 0.6
+    seen |= torch.eye(20, dtype=torch.bool)
+    ours, theirs = cache(config=model.config), DynamicCache()
+    with torch.no_grad():
+        for start, end in ((0, 11), (11, 19), (19, 20)):
+            mask = seen[:, :, start:end, :end]
+            added = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+            expected = eager(input_ids[:, start:end], attention_mask=added, past_key_values=theirs).logits
+            logits = model(input_ids[:, start:end], attention_mask=mask, past_key_values=ours).logits
+            torch.testing.assert_close(logits, expected, **TOLERANCE)

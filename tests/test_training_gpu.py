@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModel
 
 import hf_paged_flash
-from tests.test_mask_patterns import CONFIGS, build
+from tests.test_mask_patterns import CONFIGS
 from tests.test_training import BATCHES, gradients, model_of, no_dropout
+from tests.tiny_models import randomize
 
 pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def fresh_counters():
+    hf_paged_flash.reset_counters()
 
 
 def on_gpu(batch):
@@ -50,13 +57,18 @@ def test_encoders_in_bf16(model_type):
         inputs = {"pixel_values": torch.randn(2, 3, 16, 16, device="cuda")}
     else:
         inputs = {"input_ids": torch.randint(2, 97, (2, 40), device="cuda")}
-    assert model_type in CONFIGS
+    # heads of 16: the smallest that the kernels take
+    config = AutoConfig.for_model(model_type, **CONFIGS[model_type] | dict(hidden_size=64))
     outputs = []
     for attention, dtype in (("eager", torch.float32), ("eager", torch.bfloat16), ("paged_flash", torch.bfloat16)):
-        model = build(model_type, attention).cuda().to(dtype).eval()
+        model = AutoModel.from_config(config, attn_implementation=attention)
+        randomize(model)
+        model = model.cuda().to(dtype).eval()
         given = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
-        outputs.append(model(**given).last_hidden_state.float())
+        with torch.no_grad():
+            outputs.append(model(**given).last_hidden_state.float())
     exact, eager, ours = outputs
+    assert hf_paged_flash.counters().kernel["flash_forward"] == config.num_hidden_layers
     assert (ours - exact).norm() <= 2 * (eager - exact).norm() + 1e-3 * exact.norm()
 
 

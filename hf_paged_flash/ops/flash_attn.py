@@ -57,7 +57,9 @@ def flash_attn_func(
         window_size: (left, right), keys [position - left, position + right] are visible; -1 = unbounded.
         softcap: if > 0, scores become softcap * tanh(score / softcap).
         alibi_slopes: (Hq,) or (B, Hq) fp32, slope * |position - key| is subtracted from the scores; gets no gradient.
-        deterministic: accepted; every result and every gradient is deterministic.
+        deterministic: gradients that are the same, bit for bit, in every run; also where
+            `torch.use_deterministic_algorithms(True)` is in force. The portable kernels and the reference are so
+            always. Without it, a kernel for Hopper may sum dQ by atomic adds in fp32, whose order varies.
         return_attn_probs: also return lse.
         s_aux: (Hq,), a logit a head that takes part in the softmax's denominator only.
 
@@ -88,6 +90,7 @@ def flash_attn_func(
         s_aux=s_aux,
         alibi_slopes=check.check_alibi_slopes(alibi_slopes, q, q.shape[0]),
         dropout_p=dropout_p,
+        deterministic=deterministic or torch.are_deterministic_algorithms_enabled(),
         dropout_seed=draw_seed(q.device) if dropout_p > 0.0 else None,
     )
     return (out, lse, None) if return_attn_probs else out
@@ -164,6 +167,7 @@ def flash_attn_varlen_func(
         s_aux=s_aux,
         alibi_slopes=check.check_alibi_slopes(alibi_slopes, q, batch),
         dropout_p=dropout_p,
+        deterministic=deterministic or torch.are_deterministic_algorithms_enabled(),
         dropout_seed=draw_seed(q.device) if dropout_p > 0.0 else None,
     )
     return (out, lse, None) if return_attn_probs else out

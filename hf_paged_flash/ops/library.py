@@ -1,10 +1,10 @@
 """The operations as torch sees them: schemas, fakes for tracing, autograd, and the choice of kernel or reference.
 
 `flash_forward`, `flash_backward`, `paged_decode` and `store_kv` are operators of the namespace `hf_paged_flash` with
-the signatures of their namesakes in `hf_paged_flash.ops.reference`, where arguments and results are described. They
-trust their arguments; `hf_paged_flash.ops.flash_attn` checks them. `flash_forward` is differentiable over dense and
-packed keys; over paged keys its backward raises, as that of `paged_decode` does, which goes through
-`paged_decode_no_backward` where autograd records.
+the signatures of their namesakes in `hf_paged_flash.ops.reference`, where arguments and results are described. The
+forward takes `deterministic` as well, for the backward. They trust their arguments; `hf_paged_flash.ops.flash_attn`
+checks them. `flash_forward` is differentiable over dense and packed keys; over paged keys its backward raises, as that
+of `paged_decode` does, which goes through `paged_decode_no_backward` where autograd records.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _TENSORS = (
 )
 _OPTIONS = (
     "SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, bool causal, int window_left=-1, "
-    "int window_right=-1, float softcap=0.0, float dropout_p=0.0"
+    "int window_right=-1, float softcap=0.0, float dropout_p=0.0, bool deterministic=False"
 )
 _library = Library("hf_paged_flash", "DEF")
 for _schema in (
@@ -49,7 +49,8 @@ for _schema in (
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def _flash_forward(q, k, v, *tensors, **arguments):
+def _flash_forward(q, k, v, *tensors, deterministic=False, **arguments):
+    # `deterministic` is for the backward, which autograd hands all options to
     arguments |= zip(_TENSOR_NAMES, tensors, strict=False)
     if not use_kernels(q):
         count("reference", "flash_forward")

@@ -131,19 +131,28 @@ OPERATOR_CALLS |= {
         {"bias": leaves(torch.zeros(1, 4, 3, 5))[0], "dropout_p": 0.2, "dropout_seed": SEED, "max_seqlen_q": 3}
         | {"alibi_slopes": torch.ones(1, 4), "max_seqlen_k": 5, **FORWARD},
     ),
+    "deterministic gradients": lambda: (
+        library.flash_forward,
+        leaves(Q, K, K),
+        {"max_seqlen_q": 3, "max_seqlen_k": 5, "deterministic": True, **FORWARD},
+    ),
     "backward": lambda: (
         library.flash_backward,
         (Q, torch.zeros(2, 4, 3), Q, K, K, Q, torch.zeros(2, 4, 3)),
         {"s_aux": torch.zeros(4), "bias": torch.zeros(1, 1, 3, 5), "bias_needs_grad": True, "max_seqlen_q": 3}
-        | {"max_seqlen_k": 5, **FORWARD},
+        | {"max_seqlen_k": 5, "deterministic": True, **FORWARD},
     ),
+    "refused backward": lambda: (torch.ops.hf_paged_flash.refuse_backward.default, ("reason", [None], [Q]), {}),
 }
 
 
 @pytest.mark.parametrize("name", OPERATOR_CALLS)
 def test_schemas_fakes_and_autograd(name):
     operator, arguments, options = OPERATOR_CALLS[name]()
-    torch.library.opcheck(operator, arguments, options)
+    if name == "refused backward":  # it raises, so all there is to check is its schema
+        torch.library.opcheck(operator, arguments, options, test_utils=["test_autograd_registration"])
+    else:
+        torch.library.opcheck(operator, arguments, options)
 
 
 def test_public_functions_compile_in_one_graph():
