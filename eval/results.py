@@ -151,8 +151,8 @@ class Recorder:
         )
 
     def write(self) -> Path | None:
-        """Appends the rows and forgets them; returns the file's path, None without a folder."""
-        if self.folder is None:
+        """Appends the rows and forgets them; returns the file's path, None without a folder or without rows."""
+        if self.folder is None or not self.rows:
             return None
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{self.bench}.jsonl"

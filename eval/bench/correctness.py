@@ -1,8 +1,11 @@
-"""The check that comes before a number: a few rows of an attention output against fp64."""
+"""The check that comes before a number: rows of an attention output, and gradients of two heads, against fp64."""
 
 import math
 
 import torch
+
+MAX_ERROR_RATIO = 2.0
+ROWS_AT_ONCE = 2048
 
 
 def attention_rows(
@@ -28,7 +31,8 @@ def attention_rows(
 def error_ratio(out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool) -> float:
     """Largest error of `out` against fp64, over eager's own largest error in the same dtype.
 
-    Looks at 64 query rows of the first and last head of the first and last sequence. At most 2 is right; NaN is not.
+    Looks at 64 query rows of the first and last head of the first and last sequence. At most `MAX_ERROR_RATIO` is
+    right; NaN is not.
 
     Args:
         out, q: (B, Sq, Hq, D); k, v: (B, Sk, Hkv, D).
@@ -52,4 +56,85 @@ def error_ratio(out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Te
     return worst
 
 
-MAX_ERROR_RATIO = 2.0
+def head_gradients(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, *, causal: bool, rounding: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dQ, dK and dV of one head by the formulas of FlashAttention-2 (section 2.3), with P and dS formed.
+
+    Args:
+        q, dout: (S, D) one head; k, v: (S, D) its keys and values.
+        rounding: what scores, P, dP and dS are rounded to, as eager attention in that dtype does; fp64 for none.
+
+    Returns:
+        (S, D) each, fp64, not rounded.
+    """
+    q, k, v, dout = (x.double() for x in (q, k, v, dout))
+    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    scale = 1 / math.sqrt(q.shape[-1])
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        return x.to(rounding).double()
+
+    columns = torch.arange(len(k), device=k.device)
+    for rows in columns.split(ROWS_AT_ONCE):
+        scores = rounded(rounded(q[rows] @ k.T) * scale)
+        if causal:
+            scores.masked_fill_(columns[None] > rows[:, None], -math.inf)
+        probabilities = scores.softmax(-1)
+        dprobabilities = rounded(dout[rows] @ v.T)
+        delta = (probabilities * dprobabilities).sum(-1, keepdim=True)
+        dscores = rounded(probabilities * (dprobabilities - delta)) * scale
+        dq[rows] = dscores @ k
+        dk += dscores.T @ q[rows]
+        dv += rounded(probabilities).T @ dout[rows]
+    return dq, dk, dv
+
+
+def gradient_error_ratios(
+    gradients: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dout: torch.Tensor,
+    *,
+    causal: bool,
+) -> dict[str, float]:
+    """For each implementation, the largest error of its dQ, dK, dV against fp64 over eager's own in the same dtype.
+
+    Looks at the first key/value head of the first sequence and the last of the last, with their query heads.
+
+    Args:
+        gradients: {implementation: (dq, dk, dv)}, each of the shape of its input.
+        q, dout: (B, S, Hq, D); k, v: (B, S, Hkv, D).
+
+    Returns:
+        The ratios: at most `MAX_ERROR_RATIO` is right, NaN is not. Eager's error counts as at least one rounding of
+        the largest gradient to the dtype.
+    """
+    group = q.shape[2] // k.shape[2]
+    ratios = dict.fromkeys(gradients, 0.0)
+    for batch, kv_head in {(0, 0), (q.shape[0] - 1, k.shape[2] - 1)}:
+        heads = slice(kv_head * group, (kv_head + 1) * group)
+        exact, eager = (
+            _group_gradients(q[batch, :, heads], k[batch, :, kv_head], v[batch, :, kv_head], dout[batch, :, heads],
+                             causal=causal, rounding=rounding)
+            for rounding in (torch.float64, q.dtype)
+        )  # fmt: skip
+        for impl, (dq, dk, dv) in gradients.items():
+            ours = dq[batch, :, heads], dk[batch, :, kv_head], dv[batch, :, kv_head]
+            for got, right, low in zip(ours, exact, eager, strict=True):
+                budget = (low - right).abs().max().clamp_min(right.abs().max() * torch.finfo(q.dtype).eps)
+                ratio = ((got.double() - right).abs().max() / budget).item()
+                ratios[impl] = math.nan if math.isnan(ratio + ratios[impl]) else max(ratio, ratios[impl])
+    return ratios
+
+
+def _group_gradients(q, k, v, dout, *, causal, rounding) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dQ (S, group, D) and dK, dV (S, D) of a key/value head, summed over its query heads; rounded to `rounding`."""
+    dq, dk, dv = torch.empty_like(q, dtype=torch.float64), 0.0, 0.0
+    for head in range(q.shape[1]):
+        dq[:, head], dk_head, dv_head = head_gradients(
+            q[:, head], k, v, dout[:, head], causal=causal, rounding=rounding
+        )
+        dk, dv = dk + dk_head, dv + dv_head
+    return tuple(x.to(rounding).double() for x in (dq, dk, dv))

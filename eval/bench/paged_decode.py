@@ -21,8 +21,8 @@ from rich.table import Table
 from torch.nn.attention import sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from hf_paged_flash.eval.bench.attention_calls import SDPA_BACKENDS
 from hf_paged_flash.eval.bench.correctness import MAX_ERROR_RATIO, error_ratio
-from hf_paged_flash.eval.bench.flash_attention import SDPA_BACKENDS
 from hf_paged_flash.eval.bench.timing import bench_device, replayed_us, shapes_of
 from hf_paged_flash.eval.report import console, final_line, launch, names_of, print_failures, reason_of
 from hf_paged_flash.eval.results import Recorder, device_name, results_folder, versions

@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -33,13 +34,60 @@ def shapes_of(given: str | None, default: tuple[tuple[int, ...], ...]) -> tuple[
     return shapes
 
 
-def median_ms(call: Callable[[], object], device: torch.device) -> float:
-    """Median milliseconds of `call`, warmed up, with L2 flushed before each run on CUDA (triton's `do_bench`)."""
-    if device.type == "cuda":
-        from triton.testing import do_bench
+# Rounds in which every implementation takes its turn, and what one turn costs the GPU.
+ROUNDS, TURN_MS, MIN_RUNS, MAX_RUNS = 5, 20.0, 3, 12
+# Well above the L2 of any GPU of today, as in triton's `do_bench`.
+FLUSHED_BYTES = 256 * 2**20
+# The GPU waits so long (in cycles, about 4 ms) before a turn that the host, which launches, is ahead of it.
+HEAD_START = 8_000_000
 
-        return do_bench(call, warmup=50, rep=200, return_mode="median")
-    return _median_ms_by_clock(call)
+
+def interleaved_ms(
+    calls: dict[str, Callable[[], object]],
+    device: torch.device,
+    around: Callable[[str], AbstractContextManager] = lambda name: nullcontext(),
+) -> dict[str, float]:
+    """Median milliseconds on the GPU of each call; all take turns, so that drifting clocks hit them alike.
+
+    Each of `ROUNDS` rounds starts with another call. L2 is flushed before every run, and the launch cost of Python is
+    left out. A call's figure is the median of its rounds' medians. On a CPU: the clock, call by call.
+
+    Args:
+        calls: {name: function of no arguments}, all of which have run before.
+        around: the context that a call runs in, entered once a turn.
+    """
+    if device.type != "cuda":
+        return {name: _clocked(call, around(name)) for name, call in calls.items()}
+    flushed = torch.empty(FLUSHED_BYTES, dtype=torch.int8, device=device)
+    medians: dict[str, list[float]] = {name: [] for name in calls}
+    runs = {}
+    for name, call in calls.items():
+        once = _turn(call, around(name), MIN_RUNS, flushed)  # warms up, too
+        runs[name] = min(max(round(TURN_MS / once), MIN_RUNS), MAX_RUNS)
+    names = list(calls)
+    for first in range(ROUNDS):
+        for name in names[first % len(names) :] + names[: first % len(names)]:
+            medians[name].append(_turn(calls[name], around(name), runs[name], flushed))
+    return {name: statistics.median(values) for name, values in medians.items()}
+
+
+def _turn(call: Callable[[], object], context: AbstractContextManager, runs: int, flushed: torch.Tensor) -> float:
+    """Median milliseconds of `runs` runs, one after the other without a sync."""
+    starts, ends = ([torch.cuda.Event(enable_timing=True) for _ in range(runs)] for _ in range(2))
+    with context:
+        torch.cuda._sleep(HEAD_START)
+        for start, end in zip(starts, ends, strict=True):
+            flushed.zero_()
+            start.record()
+            call()
+            end.record()
+        torch.cuda.synchronize(flushed.device)
+    return statistics.median(start.elapsed_time(end) for start, end in zip(starts, ends, strict=True))
+
+
+def _clocked(call: Callable[[], object], context: AbstractContextManager) -> float:
+    with context:
+        return _median_ms_by_clock(call)
 
 
 def replayed_us(calls: list[Callable[[], object]], device: torch.device, replays: int = 20) -> float:
