@@ -1,85 +1,70 @@
 """The mask function of "paged_flash": padding as a 2-D mask or packed rows as segment ids, no S x S matrix for them.
 
-transformers describes a mask by a composed function (causal, window, padding, packed rows, overlays). Causality
-reaches the attention function as an argument of the layer; what is left is handed over as
+transformers describes a mask by a composed function (causal, window, chunks, padding, packed rows, overlays); a patch
+has its makers say what it is made of (`hf_paged_flash.patches.mask_functions`). Causality reaches the attention
+function as an argument of the layer; what is left is handed over as
 
 - None: every key is a token;
 - bool (B, kv_length): False where a key is padding;
-- int32 (B, kv_length): packed rows, tokens attend within equal ids.
+- int32 (B, kv_length): packed rows, or the chunks of chunked attention: tokens attend within equal ids.
 
 With a sliding window it is always a tensor, and has the window as an attribute (`window_of`): not every layer that
 slides says so (Qwen2-MoE, Phi-MoE), and two-sided windows are one key wider here than in the layers' `sliding_window`.
 
-What none of these can carry (image blocks in a text, mask functions of the user's) becomes a matrix, bool
-(B, 1, q_length, kv_length), built by transformers' own mask functions: such models pay for it everywhere. While
-torch.compile traces, rows packed by their position_ids become one too: pass `cu_seq_lens_q` and its companions to do
-without. Chunked attention is refused by transformers before it asks for a mask, for any name with "flash" in it.
+What none of these can carry (image blocks in a text, chunks over cached keys, mask functions of the user's) becomes a
+matrix, bool (B, 1, q_length, kv_length), built by transformers' own mask functions: such models pay for it everywhere.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from transformers import masking_utils
 
 from .cache.mask_handoff import announce_mask
 
-_WINDOWS = ("sliding_window_overlay", "sliding_window_bidirectional_overlay")
 
+@dataclass
+class _Pattern:
+    """What a mask function says, where it is a conjunction of things known here.
 
-def _parts(mask_function: Callable) -> list[Callable]:
-    """The functions that `and_masks` was made of; a function of another make as it is."""
-    maker = _maker(mask_function)
-    if maker == "remap_positions_for_packed_sequence":  # packed rows count their positions from 0 here anyway
-        return _parts(_closure(mask_function)["mask_function"])
-    if maker != "and_masks":
-        return [mask_function]
-    return [part for function in _closure(mask_function)["mask_functions"] for part in _parts(function)]
-
-
-def _maker(mask_function: Callable) -> str:
-    """The transformers function that returned `mask_function`, or its own name."""
-    if getattr(mask_function, "__module__", None) != masking_utils.__name__:
-        return ""
-    return mask_function.__qualname__.split(".")[0]
-
-
-def _closure(function: Callable) -> dict:
-    return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in function.__closure__), strict=True))
-
-
-_Window = tuple[int, int] | None
-
-
-def _pattern(mask_function: Callable) -> tuple[torch.Tensor | None, _Window, bool]:
-    """Segment ids (B, S) of packed rows, (left, right) window, each or None, and whether only a matrix says it all."""
-    segments, window, needs_matrix = None, None, False
-    for part in _parts(mask_function):
-        maker = _maker(part)
-        if part in (masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function):
-            continue
-        if maker in _WINDOWS:
-            size = _closure(part)["sliding_window"]
-            window = (size - 1, 0) if maker == "sliding_window_overlay" else (size, size)
-        elif maker == "packed_sequence_mask_function":
-            segments = _closure(part)["packed_sequence_mask"]
-        else:
-            needs_matrix = True
-    return segments, window, needs_matrix
-
-
-def _compiled_pattern(mask_function: Callable, arguments: dict) -> tuple[None, _Window, bool]:
-    """`_pattern` while torch.compile traces, which can't look into a closure: by what transformers says beside it.
-
-    It allows to skip a mask only where nothing was put on top of causality and the window (`local_size`).
+    Attributes:
+        causal: no query sees a later key.
+        window: (left, right), keys that a query sees beside its own.
+        chunks: (size, left_padding (B,)), a row's tokens see those of the same `size` tokens, counted from its first.
+        segments: (B, S), tokens see those of an equal id.
+        needs_matrix: there is more to it.
     """
-    if mask_function in (masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function):
-        return None, None, False
-    size = arguments.get("local_size")
-    if size is not None and arguments.get("allow_is_causal_skip"):
-        return None, (size - 1, 0), False
-    if size is not None and arguments.get("allow_is_bidirectional_skip"):
-        return None, (size, size), False
-    return None, None, True
+
+    causal: bool = False
+    window: tuple[int, int] | None = None
+    chunks: tuple[int, torch.Tensor] | None = None
+    segments: torch.Tensor | None = None
+    needs_matrix: bool = False
+
+
+def _pattern(mask_function: Callable) -> _Pattern:
+    pattern, open_ends = _Pattern(), [mask_function]
+    while open_ends:
+        function = open_ends.pop()
+        maker, arguments = getattr(function, "made_of", ("", ()))
+        if function is masking_utils.causal_mask_function:
+            pattern.causal = True
+        elif maker == "and_masks":
+            open_ends.extend(arguments)
+        elif maker == "remap_positions_for_packed_sequence":  # packed rows count their positions from 0 here anyway
+            open_ends.append(arguments[0])
+        elif maker == "sliding_window_overlay" and pattern.window is None:
+            pattern.window = (arguments[0] - 1, 0)
+        elif maker == "sliding_window_bidirectional_overlay" and pattern.window is None:
+            pattern.window = (arguments[0], arguments[0])
+        elif maker == "chunked_overlay" and pattern.chunks is None:
+            pattern.chunks = arguments
+        elif maker == "packed_sequence_mask_function" and pattern.segments is None:
+            pattern.segments = arguments[0]
+        elif function is not masking_utils.bidirectional_mask_function:
+            pattern.needs_matrix = True
+    return pattern
 
 
 def window_of(mask: torch.Tensor | None) -> tuple[int, int] | None:
@@ -113,43 +98,69 @@ def paged_flash_mask(
         None, bool (B, <= kv_length) or int32 (B, kv_length), perhaps with a window, or bool (B, 1, q_length,
         kv_length); see the module's docstring.
     """
-    is_compiling = torch.compiler.is_compiling()
-    segments, window, needs_matrix = (
-        _compiled_pattern(mask_function, kwargs) if is_compiling else _pattern(mask_function)
-    )
-    if needs_matrix:
-        announce_mask(None if attention_mask is None else attention_mask.clone(), q_length, kv_length)
+    sizes = batch_size, q_length, kv_length, q_offset, kv_offset
+    pattern = _pattern(mask_function)
+    _settle_segments(pattern, attention_mask, sizes, kwargs.get("use_vmap", False))
+    if attention_mask is not None:
+        attention_mask = attention_mask.clone()  # kept beyond this call: a bool mask may be the user's own tensor
+    is_paged = announce_mask(attention_mask, q_length, kv_length)
+    if pattern.window is not None and not (is_paged or torch.compiler.is_compiling() or _is_one_run(attention_mask)):
+        pattern.needs_matrix = True  # windows count columns, and tokens once the padding is out: not alike over a hole
+    if pattern.needs_matrix:
         kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-        return masking_utils.sdpa_mask(
-            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **kwargs
-        )
-    if segments is not None:  # only without a cache
-        mask = segments.to(torch.int32, copy=True)
+        return masking_utils.sdpa_mask(*sizes, mask_function, attention_mask, **kwargs)
+    if pattern.segments is not None:
+        mask = pattern.segments.to(torch.int32, copy=True)
+    elif is_paged:
+        mask = attention_mask
     else:
-        sizes = batch_size, q_length, kv_length, q_offset, kv_offset
-        allowed = kwargs.get("allow_is_bidirectional_skip", False)
-        two_sided = allowed if is_compiling else _is_bidirectional(mask_function)
-        mask = _padding(attention_mask, sizes, two_sided, kwargs.get("device"))
-    if window is not None:
+        mask = _padding(attention_mask, sizes, pattern.causal, kwargs.get("device"))
+    if pattern.window is not None:
         if mask is None:
             mask = torch.ones(1, 1, dtype=torch.bool, device=kwargs.get("device")).expand(batch_size, kv_length)
             mask._paged_flash_masks_nothing = True
-        mask._paged_flash_window = window
+        mask._paged_flash_window = pattern.window
     return mask
 
 
+def _settle_segments(pattern: _Pattern, attention_mask: torch.Tensor | None, sizes: tuple, is_users: bool) -> None:
+    """Says chunks as segments, and asks for a matrix where segments are no runs of columns or not all there is."""
+    _, q_length, kv_length, _, kv_offset = sizes
+    packed, chunks = pattern.segments, pattern.chunks
+    if packed is None and (chunks is None or kv_length + kv_offset <= chunks[0]):  # all in the first chunk
+        return
+    if packed is not None:
+        fits = chunks is None and attention_mask is None and q_length == kv_length == packed.shape[1]
+        fits = fits and (not is_users or _counts_up(packed))  # transformers' own ids do
+    else:
+        # left padding gets chunks of its own, and no query looks at padding on its right; a hole would be seen
+        fits = pattern.causal and q_length == kv_length and _is_one_run(attention_mask)
+        size, left_padding = chunks
+        columns = torch.arange(kv_length, device=left_padding.device)
+        pattern.segments = (columns - left_padding[:, None]) // size
+    pattern.needs_matrix |= not fits
+
+
+def _counts_up(ids: torch.Tensor) -> bool:
+    return not torch.compiler.is_compiling() and bool((ids.diff() >= 0).all())
+
+
+def _is_one_run(attention_mask: torch.Tensor | None) -> bool:
+    """Whether each row's tokens are known to lie side by side."""
+    if attention_mask is None or torch.compiler.is_compiling():
+        return attention_mask is None
+    begins = (attention_mask[:, 1:] & ~attention_mask[:, :-1]).sum(1) + attention_mask[:, 0]
+    return bool((begins <= 1).all())
+
+
 def _padding(
-    attention_mask: torch.Tensor | None, sizes: tuple, is_bidirectional: bool, device: torch.device | None
+    attention_mask: torch.Tensor | None, sizes: tuple, causal: bool, device: torch.device | None
 ) -> torch.Tensor | None:
-    """The padding among the keys of a forward, bool (B, <= kv_length), or None; tells the cache, if there is one."""
+    """The padding among the keys of a forward, bool (B, <= kv_length), or None."""
     batch_size, q_length, kv_length, q_offset, kv_offset = sizes
-    if attention_mask is not None:
-        attention_mask = attention_mask.clone()  # kept beyond this call: a bool mask may be the user's own tensor
-    if announce_mask(attention_mask, q_length, kv_length):
-        return attention_mask
     if attention_mask is None:
         seen = int(q_offset) + q_length - kv_offset
-        if kv_length <= seen or is_bidirectional:
+        if kv_length <= seen or not causal:
             return None
         # a static cache is longer than what it holds: the rest is padding
         return torch.ones(batch_size, seen, dtype=torch.bool, device=device)
@@ -161,10 +172,6 @@ def _padding(
     if is_whole and bool(attention_mask.all()):
         return None
     return attention_mask
-
-
-def _is_bidirectional(mask_function: Callable) -> bool:
-    return masking_utils.causal_mask_function not in _parts(mask_function)
 
 
 def as_matrix(mask: torch.Tensor | None) -> torch.Tensor | None:

@@ -8,7 +8,9 @@ from hf_paged_flash.patches.base import Patch
 from hf_paged_flash.patches.default_cache import DEFAULT_CACHE
 from hf_paged_flash.patches.flash_functions import FLASH_FUNCTIONS
 from hf_paged_flash.patches.flash_implementations import FLASH_IMPLEMENTATIONS
+from hf_paged_flash.patches.flash_masks import FLASH_MASKS
 from hf_paged_flash.patches.generate_batch import GENERATE_BATCH
+from hf_paged_flash.patches.mask_functions import MASK_FUNCTIONS
 from hf_paged_flash.patches.prefill_logits import PREFILL_LOGITS
 from hf_paged_flash.patches.unreached_models import UNREACHED_MODELS
 
@@ -19,6 +21,8 @@ ALL_PATCHES: tuple[Patch, ...] = (
     DEFAULT_CACHE,
     PREFILL_LOGITS,
     GENERATE_BATCH,
+    *MASK_FUNCTIONS,
+    *FLASH_MASKS,
 )
 
 __all__ = ["ALL_PATCHES", "Patch"]

@@ -1,38 +1,24 @@
-"""Every pattern of masks that transformers' models ask for: outputs and gradients equal eager's, or a refusal."""
+"""Every pattern of masks that models of text and sound ask for: outputs and gradients equal eager's, or a refusal."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, masking_utils
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
+    BertLMHeadModel,
+    masking_utils,
+)
 
 import hf_paged_flash
 from hf_paged_flash.masks import paged_flash_mask
+from tests.pattern_models import CONFIGS, assert_equal, build, compare, results
 from tests.tiny_models import ragged_batch, randomize, tiny_config, tiny_model
 
-SMALL = dict(
-    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-    max_position_embeddings=128, pad_token_id=0,
-)  # fmt: skip
-NO_DROPOUT = dict(dropout=0.0, attention_dropout=0.0, activation_dropout=0.0)
-CONFIGS = {
-    "bert": SMALL | dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
-    "modernbert": SMALL | dict(local_attention=8, global_attn_every_n_layers=2, cls_token_id=1, sep_token_id=2),
-    "vit": SMALL | dict(image_size=16, patch_size=4, hidden_dropout_prob=0.0),
-    "t5": dict(
-        vocab_size=97, d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2, dropout_rate=0.0,
-        relative_attention_num_buckets=8, relative_attention_max_distance=16, decoder_start_token_id=0,
-    ),
-    "bart": NO_DROPOUT | dict(
-        vocab_size=97, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=128,
-    ),
-    "whisper": NO_DROPOUT | dict(
-        vocab_size=97, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, num_mel_bins=8,
-        decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, max_source_positions=20,
-        max_target_positions=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
-    ),
-}  # fmt: skip
+SIDES = [None, "left", "right", "holes"]
 
 
 @pytest.fixture(autouse=True)
@@ -42,48 +28,84 @@ def reference_backend():
     hf_paged_flash.configure(backend="auto")
 
 
-def build(model_type, attention, auto=AutoModel):
-    model = auto.from_config(AutoConfig.for_model(model_type, **CONFIGS[model_type]), attn_implementation=attention)
-    randomize(model)
-    return model.train()
+def batch(side, lengths=(14, 23)):
+    """(inputs, mask) of token ids; padding on one side, or on the left and inside a row; None for equal lengths."""
+    if side is None:
+        lengths = (max(lengths),) * len(lengths)
+    input_ids, mask = ragged_batch(lengths, "left" if side == "holes" else side)
+    if side == "holes":
+        mask[1, 5:8] = 0
+    return {"input_ids": input_ids} | ({} if side is None else {"attention_mask": mask}), mask.bool()
 
 
-def results(model, inputs, pick):
-    """What `pick` chooses of the output, and the gradients of its weighted sum."""
-    out = pick(model(**inputs))
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
-    (out * weights).sum().backward()
-    return out.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+def causal(model_type, **changes):
+    changes |= dict(attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0) if model_type == "gpt2" else {}
+    return lambda attention: tiny_model(tiny_config(model_type, use_cache=False, **changes), attention).train()
 
 
-def assert_equal(actual, expected):
-    torch.testing.assert_close(actual[0], expected[0], rtol=1e-4, atol=1e-5)
-    assert actual[1].keys() == expected[1].keys()
-    # a key's bias shifts all scores of a query alike: its gradient is 0 but for rounding
-    floor = 1e-2 * max(gradient.abs().max() for gradient in expected[1].values())
-    for name, gradient in expected[1].items():
-        error = (actual[1][name] - gradient).abs().max() / gradient.abs().max().clamp(min=floor)
-        assert error < 1e-4, f"{name}: {error}"
+def packed_rows():
+    """Two batch rows, each of several packed ones."""
+    input_ids, _ = ragged_batch((23, 23), None)
+    position_ids = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in ((9, 4, 10), (20, 3))])
+    return {"input_ids": input_ids, "position_ids": position_ids}
 
 
-def compare(make, inputs, pick):
-    hf_paged_flash.reset_counters()
-    actual = results(make("paged_flash"), inputs, pick)
-    counted = hf_paged_flash.counters().reference
-    assert counted["flash_forward"] == counted["flash_backward"] > 0
-    assert_equal(actual, results(make("eager"), inputs, pick))
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma3_text", "gpt_oss"])
+def test_padding(model_type, side):
+    inputs, mask = batch(side)
+    compare(causal(model_type), inputs, lambda out: out.logits[mask])
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma3_text", "gpt2"])
+def test_packed_rows_in_a_batch(model_type):
+    compare(causal(model_type), packed_rows(), lambda out: out.logits)
+
+
+def test_packed_rows_by_their_offsets():
+    packed = {name: x[:1] for name, x in packed_rows().items()}
+    offsets = torch.tensor([0, 9, 13, 23], dtype=torch.int32)
+    given = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": 10, "max_length_k": 10}
+    ours = results(causal("gemma3_text")("paged_flash"), packed | given, lambda out: out.logits)
+    assert_equal(ours, results(causal("gemma3_text")("eager"), packed, lambda out: out.logits))
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_chunked_attention(side):
+    inputs, mask = batch(side)
+    make = lambda attention: build("llama4_text", attention, AutoModelForCausalLM, use_cache=False)  # noqa: E731
+    compare(make, inputs, lambda out: out.logits[mask])
+
+
+def test_chunks_of_packed_rows():
+    make = lambda attention: build("llama4_text", attention, AutoModelForCausalLM, use_cache=False)  # noqa: E731
+    compare(make, packed_rows(), lambda out: out.logits)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", None])
+@pytest.mark.parametrize("side", [None, "left"])
+def test_chunked_attention_generates(side, cache):
+    inputs, _ = batch(side, (5, 9))  # the first chunk ends in the prompt or while decoding
+    options = dict(max_new_tokens=20, do_sample=False, cache_implementation=cache)
+    ours, eagers = (
+        build("llama4_text", attention, AutoModelForCausalLM).eval().generate(**inputs, **options)
+        for attention in ("paged_flash", "eager")
+    )
+    assert torch.equal(ours, eagers)
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("model_type", ["bert", "modernbert"])
+def test_encoders(model_type, side):
+    inputs, mask = batch(side)
+    compare(lambda attention: build(model_type, attention), inputs, lambda out: out.last_hidden_state[mask])
 
 
 @pytest.mark.parametrize("side", [None, "left", "right"])
-@pytest.mark.parametrize("model_type", ["bert", "modernbert"])
-def test_encoders(model_type, side):
-    input_ids, mask = ragged_batch((21, 21, 21) if side is None else (9, 21, 14), side)
-    inputs = {"input_ids": input_ids} if side is None else {"input_ids": input_ids, "attention_mask": mask}
-    compare(lambda a: build(model_type, a), inputs, lambda out: out.last_hidden_state[mask.bool()])
-
-
-def test_vision_transformer():
-    compare(lambda a: build("vit", a), {"pixel_values": torch.randn(2, 3, 16, 16)}, lambda out: out.last_hidden_state)
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma3_text"])
+def test_decoders_without_causality(model_type, side):
+    inputs, mask = batch(side)
+    compare(causal(model_type, is_causal=False), inputs, lambda out: out.logits[mask])
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -98,6 +120,21 @@ def test_encoder_decoders(model_type, padded):
     compare(lambda a: build(model_type, a, AutoModelForSeq2SeqLM), inputs, lambda out: out.logits[seen])
 
 
+def test_a_decoder_over_states_of_an_encoder():
+    def make(attention):
+        config = AutoConfig.for_model("bert", **CONFIGS["bert"], is_decoder=True, add_cross_attention=True)
+        config.use_cache = False
+        model = BertLMHeadModel._from_config(config, attn_implementation=attention)
+        randomize(model)
+        return model.train()
+
+    inputs, mask = batch("right")
+    states, state_mask = torch.randn(2, 11, 32), torch.ones(2, 11)
+    state_mask[0, 6:] = 0
+    inputs |= {"encoder_hidden_states": states, "encoder_attention_mask": state_mask}
+    compare(make, inputs, lambda out: out.logits[mask])
+
+
 def test_whisper():
     labels, _ = ragged_batch((12, 12), None)
     inputs = {"input_features": torch.randn(2, 8, 40), "decoder_input_ids": labels}
@@ -106,8 +143,6 @@ def test_whisper():
 
 @pytest.mark.parametrize("model_type", ["t5", "bart", "whisper"])
 def test_encoder_decoders_generate(model_type):
-    from transformers import AutoModelForSpeechSeq2Seq
-
     if model_type == "whisper":
         inputs, auto = {"input_features": torch.randn(2, 8, 40)}, AutoModelForSpeechSeq2Seq
     else:
@@ -121,55 +156,41 @@ def test_encoder_decoders_generate(model_type):
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=str)
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "gpt2", "gpt_oss"])
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gpt2", "gpt_oss", "bert"])
 def test_a_mask_of_the_users_own(model_type, dtype):
     input_ids, _ = ragged_batch((23, 23), None)
     visible = torch.rand(2, 1, 23, 23, generator=torch.Generator().manual_seed(3)) < 0.5
     visible |= torch.eye(23, dtype=torch.bool)
     added = torch.zeros(visible.shape).masked_fill_(~visible, torch.finfo(torch.float32).min)
-    changes = dict(attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0) if model_type == "gpt2" else {}
-
-    def make(attention):
-        return tiny_model(tiny_config(model_type, use_cache=False, **changes), attention).train()
-
+    make = causal(model_type) if model_type != "bert" else lambda attention: build("bert", attention)
     ours = results(
-        make("paged_flash"), {"input_ids": input_ids, "attention_mask": added if dtype != torch.bool else visible},
-        lambda out: out.logits,
+        make("paged_flash"), {"input_ids": input_ids, "attention_mask": visible if dtype == torch.bool else added},
+        lambda out: out[0],
     )  # fmt: skip
     inputs = {"input_ids": input_ids, "attention_mask": added}
-    assert_equal(ours, results(make("eager"), inputs, lambda out: out.logits))
+    assert_equal(ours, results(make("eager"), inputs, lambda out: out[0]))
 
 
-@pytest.mark.parametrize("side", [None, "left", "right"])
-def test_blocks_of_image_tokens(side):
-    """Gemma3 lets the tokens of one image see each other, over causal and sliding layers."""
-    from transformers.models.gemma3 import modeling_gemma3
+def test_a_bias_of_the_users_own():
+    """A 4-D mask of floats is added as it is, not read as visible or not; one of the heads' own, too."""
+    input_ids, _ = ragged_batch((23, 23), None)
+    bias = torch.randn(1, 4, 23, 23).masked_fill(~torch.ones(23, 23).tril().bool(), torch.finfo(torch.float32).min)
+    compare(causal("llama"), {"input_ids": input_ids, "attention_mask": bias}, lambda out: out.logits)
 
-    lengths = (23, 23) if side is None else (14, 23)
-    input_ids, mask = ragged_batch(lengths, side)
-    blocks = torch.full(input_ids.shape, -1)
-    blocks[:, 11:16] = 0
-    blocks[:, 18:21] = 1
 
-    def make(attention):
-        model = tiny_model(tiny_config("gemma3_text", use_cache=False), attention).train()
-        inner = modeling_gemma3.Gemma3TextModel.forward
-
-        def forward(input_ids, attention_mask):
-            embeds = model.model.embed_tokens(input_ids)
-            asked = {"config": model.config, "inputs_embeds": embeds, "attention_mask": attention_mask}
-            asked |= {"past_key_values": None, "position_ids": None, "block_sequence_ids": blocks}
-            masks = {
-                "full_attention": masking_utils.create_causal_mask(**asked),
-                "sliding_attention": masking_utils.create_sliding_window_causal_mask(**asked),
-            }
-            return inner(model.model, inputs_embeds=embeds, attention_mask=masks)
-
-        model.forward = forward
-        return model
-
-    inputs = {"input_ids": input_ids, "attention_mask": mask if side else None}
-    compare(make, inputs, lambda out: out.last_hidden_state[mask.bool()])
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "llama4_text"])
+@pytest.mark.parametrize("kind", ["left", "packed"])
+def test_patterns_under_compile(model_type, kind):
+    torch._dynamo.reset()
+    inputs, mask = batch("left") if kind == "left" else (packed_rows(), torch.ones(2, 23, dtype=torch.bool))
+    make = causal(model_type) if model_type != "llama4_text" else (
+        lambda attention: build("llama4_text", attention, AutoModelForCausalLM, use_cache=False)
+    )  # fmt: skip
+    pick = lambda out: out.logits[mask]  # noqa: E731
+    expected = results(make("eager"), inputs, pick)
+    compiled = torch.compile(make("paged_flash"), fullgraph=True, backend="aot_eager")
+    out, gradients = results(compiled, inputs, pick)
+    assert_equal((out, {name.removeprefix("_orig_mod."): x for name, x in gradients.items()}), expected)
 
 
 @pytest.mark.parametrize("use_vmap", [False, True])
@@ -184,16 +205,3 @@ def test_mask_functions_become_the_matrix_that_transformers_builds(use_vmap):
     actual = paged_flash_mask(**arguments, use_vmap=use_vmap, allow_is_causal_skip=True)
     expected = masking_utils.sdpa_mask(**arguments, use_vmap=use_vmap, allow_is_causal_skip=False)
     assert actual.dtype == torch.bool and torch.equal(actual, expected)
-
-
-def test_chunked_attention_is_refused_by_transformers_itself():
-    config = AutoConfig.for_model(
-        "llama4_text", **SMALL | dict(num_key_value_heads=2, head_dim=8, attention_chunk_size=8, num_local_experts=2),
-        intermediate_size_mlp=48,
-    )  # fmt: skip
-    embeds = torch.zeros(1, 20, 32)
-    config._attn_implementation = "paged_flash"
-    with pytest.raises(ValueError, match="[Ff]lash attention"):
-        masking_utils.create_chunked_causal_mask(
-            config=config, inputs_embeds=embeds, attention_mask=None, past_key_values=None, position_ids=None
-        )

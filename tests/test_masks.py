@@ -27,6 +27,12 @@ def config():
     return config
 
 
+def chunked(size):
+    config = AutoConfig.for_model("llama4_text", hidden_size=64, num_hidden_layers=2, attention_chunk_size=size)
+    config._attn_implementation = "paged_flash"
+    return config
+
+
 def arguments(config, mask, columns=20, cache=None, **more):
     embeds = torch.zeros(3, columns, 64)
     return dict(config=config, inputs_embeds=embeds, attention_mask=mask, past_key_values=cache, **more)
@@ -82,6 +88,26 @@ class TestWhatIsHandedOver:
             assert torch.equal(handed, mask.bool())
         else:
             assert handed.untyped_storage().nbytes() == 1  # it is there for the window alone
+
+    @pytest.mark.parametrize("pad", ["left", "right", None])
+    def test_chunks_as_segments(self, pad):
+        mask = ragged_batch(LENGTHS, pad)[1] if pad else torch.ones(3, 20, dtype=torch.long)
+        handed = create_chunked_causal_mask(**arguments(chunked(8), mask if pad else None))
+        assert handed.dtype == torch.int32
+        for ids, tokens in zip(handed, mask.bool(), strict=True):
+            assert ids[tokens].tolist() == [place // 8 for place in range(int(tokens.sum()))]
+            assert not set(ids[: tokens.int().argmax()].tolist()) & set(ids[tokens].tolist())  # padding on the left
+
+    def test_a_whole_chunk_is_no_mask(self):
+        assert create_chunked_causal_mask(**arguments(chunked(20), None)) is None
+        mask = ragged_batch(LENGTHS)[1]
+        assert torch.equal(create_chunked_causal_mask(**arguments(chunked(20), mask)), mask.bool())
+
+    def test_packed_rows_of_the_users(self, config):
+        ids = torch.arange(20).expand(3, -1) // 6
+        packed = masking_utils.packed_sequence_mask_function(ids)
+        handed = create_causal_mask(**arguments(config, None, and_mask_function=packed))
+        assert handed.dtype == torch.int32 and torch.equal(handed, ids.int())
 
     def test_windows_of_packed_rows(self, config):
         position_ids = torch.cat([torch.arange(9), torch.arange(11)]).expand(3, -1)
@@ -211,11 +237,29 @@ class TestWhatBecomesAMatrix:
         matrix = paged_flash_mask(1, 4, 4, mask_function=sliding_window_overlay)
         assert torch.equal(matrix, torch.eye(4, dtype=torch.bool)[None, None])
 
-    def test_a_whole_chunk(self):
-        config = AutoConfig.for_model("llama4_text", hidden_size=64, num_hidden_layers=2, attention_chunk_size=32)
-        config._attn_implementation = "paged_flash"
-        matrix = create_chunked_causal_mask(**arguments(config, None))
-        assert torch.equal(matrix, torch.ones(20, 20, dtype=torch.bool).tril().expand(3, 1, -1, -1))
+    def test_packed_rows_with_padding_or_twice(self, config):
+        packed = masking_utils.packed_sequence_mask_function(torch.arange(20).expand(3, -1) // 6)
+        self.check(create_causal_mask, config, ragged_batch(LENGTHS)[1], and_mask_function=packed)
+        position_ids = torch.cat([torch.arange(9), torch.arange(11)]).expand(3, -1)
+        self.check(create_causal_mask, config, None, and_mask_function=packed, position_ids=position_ids)
+
+    def test_packed_rows_that_come_back(self, config):
+        packed = masking_utils.packed_sequence_mask_function(torch.arange(20).expand(3, -1) // 6 % 2)
+        self.check(create_causal_mask, config, None, and_mask_function=packed)
+
+    def test_windows_over_a_hole(self, config):
+        mask = ragged_batch(LENGTHS)[1]
+        mask[0, 5:8] = 0
+        self.check(create_sliding_window_causal_mask, config, mask)
+        self.check(create_bidirectional_sliding_window_mask, config, mask)
+
+    def test_chunks_over_a_hole_or_of_packed_rows(self):
+        config = chunked(8)
+        mask = ragged_batch(LENGTHS)[1]
+        mask[0, 5:8] = 0
+        self.check(create_chunked_causal_mask, config, mask)
+        position_ids = torch.cat([torch.arange(9), torch.arange(11)]).expand(3, -1)
+        self.check(create_chunked_causal_mask, config, None, position_ids=position_ids)
 
     def test_gemma3_with_bidirectional_attention(self):
         config, input_ids = tiny_config("gemma3_text", use_bidirectional_attention=True), ragged_batch([15])[0]

@@ -172,9 +172,10 @@ class TestUndo:
         program = """
 import transformers
 from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin, PreTrainedModel
-from transformers import modeling_flash_attention_utils as flash_utils
+from transformers import masking_utils, modeling_flash_attention_utils as flash_utils
 from transformers.generation.continuous_batching.continuous_api import ContinuousMixin
-owners = [flash_utils, GenerationMixin, PreTrainedModel, ContinuousMixin]
+from transformers.models.pixtral import modeling_pixtral
+owners = [flash_utils, GenerationMixin, PreTrainedModel, ContinuousMixin, masking_utils, modeling_pixtral]
 def state():
     return [dict(vars(owner)) for owner in owners] + [
         dict(AttentionInterface._global_mapping), dict(AttentionMaskInterface._global_mapping)
@@ -185,7 +186,9 @@ from tests.tiny_models import tiny_config, tiny_model, ragged_batch
 import torch
 def changed(a, b):
     return {k for x, y in zip(a, b) for k in x.keys() | y.keys() if x.get(k, 0) is not y.get(k, 0)}
-assert "_lazy_imports" in changed(before, state()), changed(before, state())
+from hf_paged_flash.patches import ALL_PATCHES
+assert {patch.owner() for patch in ALL_PATCHES} <= set(owners)
+assert {patch.name for patch in ALL_PATCHES} <= changed(before, state())
 for _ in range(2):
     model = tiny_model(tiny_config("gpt_oss"), "paged_flash")
     tokens = model.generate(*ragged_batch([5])[:1], max_new_tokens=3, do_sample=False)
