@@ -21,9 +21,17 @@ COMMIT_VARIABLE = "HF_PAGED_FLASH_COMMIT"
 UNITS = {
     "tflops": "TFLOP/s",
     "us": "us",
+    "ms": "ms",
+    "tokens_per_s": "tokens/s",
+    "first_loss": "nats/token",
+    "last_loss": "nats/token",
     "gbps": "GB/s",
     "ppl": "ppl",
     "max_abs_dlogit": "logit",
+    "extra_gib": "GiB",
+    "peak_gib": "GiB",
+    "device_gib": "GiB",
+    "out_of_memory": "1 = yes",
     "reserved_gib": "GiB",
     "stored_gib": "GiB",
     "waste_pct": "%",
@@ -118,7 +126,7 @@ class Recorder:
     """Collects the rows of one run of one benchmark and appends them to `<folder>/<bench>.jsonl`.
 
     Args:
-        bench: The file's stem: "flash_attention", "paged_decode", "generate", "perplexity" or "memory".
+        bench: The file's stem: the module's that measures.
         device: torch device that is measured; names the GPU of every row.
         folder: Where the file lies, see `results_folder`; with None rows are kept and not written.
     """
