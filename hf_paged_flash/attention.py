@@ -109,7 +109,8 @@ def paged_flash_attention_forward(
     )
     dtype = _target_dtype(query, key, value)
     query = query.to(dtype)
-    told = masks_nothing(attention_mask) or (not is_matrix and isinstance(key, PagedTensor) and key.step.knows_mask)
+    is_padding = attention_mask is not None and attention_mask.dim() == 2 and attention_mask.dtype != torch.int32
+    told = masks_nothing(attention_mask) or (is_padding and isinstance(key, PagedTensor) and key.step.knows_mask)
     if _are_paged(key, value) and told and position_bias is None:
         # a cache may store, and attend, in another dtype
         return rows.paged(query, key, value, scoring).to(dtype), None
@@ -123,11 +124,11 @@ def paged_flash_attention_forward(
 def _attend(query, key, value, mask: torch.Tensor | None, position_bias, scoring: rows.Scoring) -> torch.Tensor:
     if position_bias is None and masks_nothing(mask):
         return rows.dense(query, key, value, scoring)
-    # packing reads lengths on the host, which a compiled graph can't
+    if position_bias is None and mask.dim() == 2 and mask.dtype == torch.int32:
+        return rows.segmented(query, key, value, mask, scoring)
+    # packing a padded batch reads lengths on the host, which a compiled graph can't
     if position_bias is not None or mask.dim() == 4 or torch.compiler.is_compiling():
         return rows.biased(query, key, value, mask, position_bias, scoring)
-    if mask.dtype == torch.int32:
-        return rows.segmented(query, key, value, mask, scoring)
     return rows.padded(query, key, value, mask.bool(), scoring)
 
 

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .ops import library
+
 
 @dataclass(frozen=True)
 class Packing:
     """Where the tokens of a padded batch are, and where each row begins once packed."""
 
-    indices: torch.Tensor | None  # int64 (tokens,), places among B * S; None for all
+    indices: torch.Tensor  # int64 (tokens,), places among B * S
     cu_seqlens: torch.Tensor  # int32 (B + 1,)
     max_seqlen: int
 
@@ -41,17 +43,15 @@ class Packing:
         mask._paged_flash_padding = (q_length, positional), (keys, queries)
         return keys, queries
 
-    @staticmethod
-    def of_segments(segments: torch.Tensor) -> "Packing":
-        """Of ids (B, S) of packed rows: one ends where its batch row ends, or where the id changes."""
-        packing = getattr(segments, "_paged_flash_segments", None)
-        if packing is None:
-            starts = torch.ones_like(segments, dtype=torch.bool)
-            starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
-            cu_seqlens = nn.functional.pad(torch.nonzero(starts.flatten())[:, 0], (0, 1), value=segments.numel())
-            packing = Packing(None, cu_seqlens.to(torch.int32), int(cu_seqlens.diff().max()))
-            segments._paged_flash_segments = packing
-        return packing
+
+def row_offsets(segments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`library.segment_offsets` of ids (B, S), which every layer of a forward gets as the same tensor."""
+    offsets = getattr(segments, "_paged_flash_offsets", None)
+    if offsets is None:
+        offsets = library.segment_offsets(segments)
+        if not torch.compiler.is_compiling():  # no side effects in a checkpoint's body, which is traced by itself
+            segments._paged_flash_offsets = offsets
+    return offsets
 
 
 def longest(cu_seqlens: torch.Tensor) -> int:

@@ -10,7 +10,7 @@ from .masks import as_matrix, masks_nothing
 from .ops import library
 from .ops.dropout import draw_seed
 from .ops.flash_attn import MAX_DECODE_QUERIES
-from .packing import Packing, longest, pack, unpack
+from .packing import Packing, longest, pack, row_offsets, unpack
 
 
 @dataclass(frozen=True)
@@ -138,17 +138,19 @@ def padded(query, key, value, mask: torch.Tensor, scoring: Scoring) -> torch.Ten
 
 def segmented(query, key, value, segments: torch.Tensor, scoring: Scoring) -> torch.Tensor:
     """Rows packed with ids (B, S) that count up inside each batch row: a segment ends where the id changes."""
-    if key.shape[2] != query.shape[2] or segments.shape[1] != key.shape[2]:
+    batch, _, q_length, _ = query.shape
+    if key.shape[2] != q_length or segments.shape != (batch, q_length):
         raise ArgumentError(
-            f"packed rows need as many keys as queries, got {key.shape[2]} and {query.shape[2]} of a pattern of "
-            f"{segments.shape[1]}"
+            f"packed rows need as many keys as queries, {q_length}, and an id for each, got {key.shape[2]} keys and "
+            f"ids of shape {tuple(segments.shape)} for a batch of {batch}"
         )
-    rows = Packing.of_segments(segments)
+    cu_seqlens, packed_lengths = row_offsets(segments)
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     out = _attend(
-        q, k, v, scoring, rows.max_seqlen, rows.max_seqlen, cu_seqlens_q=rows.cu_seqlens, cu_seqlens_k=rows.cu_seqlens
-    )
-    return out.unflatten(0, (query.shape[0], query.shape[2]))
+        q, k, v, scoring, q_length, q_length,
+        cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, packed_lengths=packed_lengths,
+    )  # fmt: skip
+    return out.unflatten(0, (batch, q_length))
 
 
 def _attend(
@@ -163,6 +165,7 @@ def _attend(
     seqused_k: torch.Tensor | None = None,
     block_table: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    packed_lengths: torch.Tensor | None = None,
 ) -> torch.Tensor:
     # written out, for Dynamo does not trace `**vars(scoring)`
     return library.flash_forward(
@@ -176,6 +179,7 @@ def _attend(
         s_aux=scoring.s_aux,
         bias=bias,
         dropout_seed=draw_seed(query.device) if scoring.dropout_p > 0.0 else None,
+        packed_lengths=packed_lengths,
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
         softmax_scale=scoring.softmax_scale,

@@ -2,9 +2,11 @@
 
 `flash_forward`, `flash_backward`, `paged_decode` and `store_kv` are operators of the namespace `hf_paged_flash` with
 the signatures of their namesakes in `hf_paged_flash.ops.reference`, where arguments and results are described. The
-forward takes `deterministic` as well, for the backward. They trust their arguments; `hf_paged_flash.ops.flash_attn`
-checks them. `flash_forward` is differentiable over dense and packed keys; over paged keys its backward raises, as that
-of `paged_decode` does, which goes through `paged_decode_no_backward` where autograd records.
+forward takes `deterministic` as well, for the backward, and both take `packed_lengths` of `segment_offsets`.
+
+They trust their arguments; `hf_paged_flash.ops.flash_attn` checks them. `flash_forward` is differentiable over dense
+and packed keys; over paged keys its backward raises, as that of `paged_decode` does, which goes through
+`paged_decode_no_backward` where autograd records.
 """
 
 from __future__ import annotations
@@ -22,12 +24,14 @@ from hf_paged_flash.ops.validation import NO_PAGED_BACKWARD, any_requires_grad, 
 
 _BACKWARD_TENSOR_NAMES = (
     "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "s_aux", "bias", "alibi_slopes", "dropout_seed",
+    "packed_lengths",
 )  # fmt: skip
 _TENSOR_NAMES = (*_BACKWARD_TENSOR_NAMES[:3], "block_table", *_BACKWARD_TENSOR_NAMES[3:])
 # register_autograd takes no keyword-only tensors, so all tensors come first
 _TENSORS = (
     "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? seqused_k=None, {}Tensor? s_aux=None, "
-    "Tensor? bias=None, Tensor? alibi_slopes=None, Tensor? dropout_seed=None"
+    "Tensor? bias=None, Tensor? alibi_slopes=None, Tensor? dropout_seed=None, "
+    "Tensor? packed_lengths=None"
 )
 _OPTIONS = (
     "SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, bool causal, int window_left=-1, "
@@ -43,15 +47,27 @@ for _schema in (
     "paged_decode(Tensor q, Tensor k_cache, Tensor v_cache, *, Tensor cache_seqlens, Tensor? block_table=None, "
     "float softmax_scale, bool causal, int window_left=-1, int window_right=-1, float softcap=0.0, "
     "Tensor? s_aux=None, int num_splits=0) -> (Tensor out, Tensor lse)",
+    "segment_offsets(Tensor segments) -> (Tensor cu_seqlens, Tensor packed_lengths)",
     "store_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping) -> ()",
     "refuse_backward(str reason, Tensor?[] grads, Tensor[] inputs) -> Tensor[]",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
+def _without_empty_rows(arguments: dict) -> dict:
+    """Options as kernels know them: offsets that end with the last row, where `packed_lengths` tells which it is."""
+    packed_lengths = arguments.pop("packed_lengths", None)
+    if packed_lengths is None:
+        return arguments
+    count, longest = packed_lengths.tolist()
+    cu_seqlens = arguments["cu_seqlens_q"][: count + 1]
+    rows = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "max_seqlen_q": longest, "max_seqlen_k": longest}
+    return arguments | rows
+
+
 def _flash_forward(q, k, v, *tensors, deterministic=False, **arguments):
     # `deterministic` is for the backward, which autograd hands all options to
-    arguments |= zip(_TENSOR_NAMES, tensors, strict=False)
+    arguments = _without_empty_rows(arguments | dict(zip(_TENSOR_NAMES, tensors, strict=False)))
     if not use_kernels(q):
         count("reference", "flash_forward")
         return reference.flash_forward(q, k, v, **arguments)
@@ -62,7 +78,7 @@ def _flash_forward(q, k, v, *tensors, deterministic=False, **arguments):
 
 
 def _flash_backward(dout, dlse, q, k, v, out, lse, *tensors, **arguments):
-    arguments |= zip(_BACKWARD_TENSOR_NAMES, tensors, strict=False)
+    arguments = _without_empty_rows(arguments | dict(zip(_BACKWARD_TENSOR_NAMES, tensors, strict=False)))
     if not use_kernels(q):
         count("reference", "flash_backward")
         run = reference_backward.flash_backward
@@ -92,6 +108,24 @@ def _store_kv(k, v, k_cache, v_cache, slot_mapping):
     count("kernel", "store_kv")
 
 
+def _segment_offsets(segments):
+    """Where packed rows begin, with shapes that don't depend on how many there are, for code that is traced.
+
+    Args:
+        segments: int32 (B, S), ids; a row ends with its batch row, or where the id changes.
+
+    Returns:
+        cu_seqlens int32 (B * S + 1,), which ends with empty rows, and packed_lengths int64 (2,) on the CPU: how many
+        rows are not empty, and the longest one's length. One device sync, for all layers of a forward.
+    """
+    starts = torch.ones_like(segments, dtype=torch.bool)
+    starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    first = torch.nonzero(starts.flatten())[:, 0]
+    cu_seqlens = segments.new_full((segments.numel() + 1,), segments.numel(), dtype=torch.int32)
+    cu_seqlens[: len(first)] = first
+    return cu_seqlens, torch.tensor([len(first), int(cu_seqlens.diff().max())])
+
+
 def _refuse_backward(reason, grads, inputs):
     raise UnsupportedFeatureError(reason)
 
@@ -110,6 +144,11 @@ def _flash_forward_fake(q, k, v, cu_seqlens_q=None, *_, **__):
 
 def _paged_decode_fake(q, k_cache, v_cache, **_):
     return _flash_forward_fake(q, k_cache, v_cache)
+
+
+def _segment_offsets_fake(segments):
+    cu_seqlens = segments.new_empty((segments.numel() + 1,), dtype=torch.int32)
+    return cu_seqlens, torch.empty(2, dtype=torch.int64, device="cpu")
 
 
 def _store_kv_fake(k, v, k_cache, v_cache, slot_mapping):
@@ -132,6 +171,7 @@ for _name, _implementation, _fake in (
     ("flash_forward", _flash_forward, _flash_forward_fake),
     ("flash_backward", _flash_backward, _flash_backward_fake),
     ("paged_decode", _paged_decode, _paged_decode_fake),
+    ("segment_offsets", _segment_offsets, _segment_offsets_fake),
     ("store_kv", _store_kv, _store_kv_fake),
     ("refuse_backward", _refuse_backward, _refuse_backward_fake),
 ):
@@ -141,6 +181,7 @@ for _name, _implementation, _fake in (
 flash_forward = torch.ops.hf_paged_flash.flash_forward.default
 flash_backward = torch.ops.hf_paged_flash.flash_backward.default
 paged_decode = torch.ops.hf_paged_flash.paged_decode.default
+segment_offsets = torch.ops.hf_paged_flash.segment_offsets.default
 store_kv = torch.ops.hf_paged_flash.store_kv.default
 _refuse = torch.ops.hf_paged_flash.refuse_backward.default
 
@@ -152,18 +193,18 @@ def _save_for_backward(ctx, inputs, keyword_only_inputs, output):
 
 
 def _differentiate(ctx, dout, dlse):
-    q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, s_aux, bias, alibi_slopes, dropout_seed, out, lse = (
-        ctx.saved_tensors
-    )
-    gradients = [None] * 11
+    saved = ctx.saved_tensors  # read once: non-reentrant checkpoints allow no more
+    q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, *modifiers, out, lse = saved
+    s_aux, bias = modifiers[:2]
     if block_table is not None:
-        inputs = [x for x, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False) if needed]
+        inputs = [x for x, needed in zip(saved, ctx.needs_input_grad, strict=False) if needed]
         refused = iter(_refuse(NO_PAGED_BACKWARD, [dout, dlse], inputs))
         return tuple(next(refused) if needed else None for needed in ctx.needs_input_grad)
+    gradients = [None] * (len(saved) - 2)
     dout = torch.zeros_like(out) if dout is None else dout
     bias_needs_grad = len(ctx.needs_input_grad) > 8 and ctx.needs_input_grad[8]
     dq, dk, dv, ds_aux, dbias = flash_backward(
-        dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_k, s_aux, bias, alibi_slopes, dropout_seed,
+        dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_k, *modifiers,
         bias_needs_grad=bias_needs_grad, **ctx.options,
     )  # fmt: skip
     gradients[:3] = dq, dk, dv

@@ -113,6 +113,7 @@ def leaves(*tensors):
 
 
 SEED = torch.tensor([7])
+SEGMENTS = library.segment_offsets(int32(0, 0, 1, 1, 1, 2).view(2, 3))
 OPERATOR_CALLS |= {
     "dense gradients": lambda: (
         library.flash_forward,
@@ -142,6 +143,13 @@ OPERATOR_CALLS |= {
         {"s_aux": torch.zeros(4), "bias": torch.zeros(1, 1, 3, 5), "bias_needs_grad": True, "max_seqlen_q": 3}
         | {"max_seqlen_k": 5, "deterministic": True, **FORWARD},
     ),
+    "offsets of segments": lambda: (library.segment_offsets, (int32(0, 0, 1, 1, 1, 0).view(2, 3),), {}),
+    "packed in traced code, gradients": lambda: (
+        library.flash_forward,
+        leaves(PACKED[0], PACKED[0], PACKED[0]),
+        {"cu_seqlens_q": SEGMENTS[0], "cu_seqlens_k": SEGMENTS[0], "packed_lengths": SEGMENTS[1], "max_seqlen_q": 3}
+        | {"max_seqlen_k": 3, **FORWARD},
+    ),
     "refused backward": lambda: (torch.ops.hf_paged_flash.refuse_backward.default, ("reason", [None], [Q]), {}),
 }
 
@@ -153,6 +161,15 @@ def test_schemas_fakes_and_autograd(name):
         torch.library.opcheck(operator, arguments, options, test_utils=["test_autograd_registration"])
     else:
         torch.library.opcheck(operator, arguments, options)
+
+
+def test_offsets_of_segments():
+    assert [x.tolist() for x in SEGMENTS] == [[0, 2, 3, 5, 6, 6, 6], [4, 2]]
+    q = torch.randn(6, 4, 16)
+    options = {"max_seqlen_q": 3, "max_seqlen_k": 3, **FORWARD}
+    expected = library.flash_forward(q, q, q, *[int32(0, 2, 3, 5, 6)] * 2, **options)
+    actual = library.flash_forward(q, q, q, *[SEGMENTS[0]] * 2, packed_lengths=SEGMENTS[1], **options)
+    assert all(map(torch.equal, actual, expected))
 
 
 def test_public_functions_compile_in_one_graph():
