@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .modifiers import add_biases, dropout_factors, scores_and_slope
-from .primitives import load_tile
+from .primitives import load_tile, padded_row
 
 
 @triton.jit
@@ -17,8 +17,7 @@ def _add_queries(
     do_base,
     lse_base,
     delta_base,
-    first,
-    last,
+    start_m,
     k_pos,
     seqlen_q,
     seqlen_k,
@@ -42,7 +41,6 @@ def _add_queries(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    MASKED: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -53,45 +51,43 @@ def _add_queries(
     WITH_DK: tl.constexpr,
     WITH_DV: tl.constexpr,
 ):
-    """Adds what queries `first .. last` (multiples of BLOCK_M) give to dK (N, D) and dV (N, Dv) of one key tile."""
+    """Adds what queries `start_m ..` of one head give to dK (N, D) and dV (N, Dv) of one key tile."""
     offs_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
-    for start_m in range(first, last, BLOCK_M):
-        rest = seqlen_q - start_m
-        start = tl.cast(start_m, tl.int64)
-        q_pointers = q_base + start * stride_q_m + (offs_m[:, None] * stride_q_m + offs_d[None, :])
-        q = load_tile(q_pointers, offs_m, offs_d, rest, HEAD_DIM, BLOCK_D, MASKED)
-        # rows past the end read lse = +inf, so their P is 0
-        lse_log2 = tl.load(lse_base + start_m + offs_m, mask=offs_m < rest, other=float("inf"))
-        # S^T = K Q^T: P^T and dS^T come out as the left operands that dV and dK need
-        s_t = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        s_t, slope = scores_and_slope(s_t, scale_log2, softcap_log2, HAS_SOFTCAP)
-        queries = (start_m + offs_m)[None, :]
-        s_t = add_biases(
-            s_t, queries, k_pos[:, None], seqlen_q, seqlen_k, bias_base, stride_bias_m, stride_bias_n, alibi_slope,
-            BIAS, HAS_ALIBI,
-        )  # fmt: skip
-        p_t = tl.exp2(s_t - lse_log2[None, :])
-        if MASKED:
-            # keys past the row's end touch their own dK and dV alone, which the kernel clears
-            reach = k_pos[:, None] - (queries + (seqlen_k - seqlen_q))
-            if HAS_RIGHT:
-                p_t = tl.where(reach <= window_right, p_t, 0.0)
-            if HAS_LEFT:
-                p_t = tl.where(reach >= -window_left, p_t, 0.0)
-        do_pointers = do_base + start * stride_do_m + (offs_m[:, None] * stride_do_m + offs_dv[None, :])
-        do = load_tile(do_pointers, offs_m, offs_dv, rest, V_HEAD_DIM, BLOCK_DV, MASKED)
-        kept = 1.0
-        if HAS_DROPOUT:
-            kept = dropout_factors(seed, dropout_threshold, keep_scale, queries, k_pos[:, None], head, row)
-        if WITH_DV:
-            dv = tl.dot((p_t * kept).to(do.dtype), do, dv, input_precision=PRECISION)
-        if WITH_DK:
-            dp_t = tl.dot(v, tl.trans(do), input_precision=PRECISION) * kept
-            delta = tl.load(delta_base + start_m + offs_m, mask=offs_m < rest, other=0.0)
-            ds_t = p_t * (dp_t - delta[None, :]) * slope
-            dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=PRECISION)
+    rest = seqlen_q - start_m
+    start = tl.cast(start_m, tl.int64)
+    q_pointers = q_base + start * stride_q_m + (offs_m[:, None] * stride_q_m + offs_d[None, :])
+    q = load_tile(q_pointers, offs_m, offs_d, rest, HEAD_DIM, BLOCK_D, True)
+    # behind a row's end lse is +inf, so P is 0 there
+    lse_log2 = tl.load(lse_base + start_m + offs_m)
+    # S^T = K Q^T: P^T and dS^T come out as the left operands that dV and dK need
+    s_t = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    s_t, slope = scores_and_slope(s_t, scale_log2, softcap_log2, HAS_SOFTCAP)
+    queries = (start_m + offs_m)[None, :]
+    s_t = add_biases(
+        s_t, queries, k_pos[:, None], seqlen_q, seqlen_k, bias_base, stride_bias_m, stride_bias_n, alibi_slope,
+        BIAS, HAS_ALIBI,
+    )  # fmt: skip
+    p_t = tl.exp2(s_t - lse_log2[None, :])
+    # keys past the row's end touch their own dK and dV alone, which the kernel clears
+    reach = k_pos[:, None] - (queries + (seqlen_k - seqlen_q))
+    if HAS_RIGHT:
+        p_t = tl.where(reach <= window_right, p_t, 0.0)
+    if HAS_LEFT:
+        p_t = tl.where(reach >= -window_left, p_t, 0.0)
+    do_pointers = do_base + start * stride_do_m + (offs_m[:, None] * stride_do_m + offs_dv[None, :])
+    do = load_tile(do_pointers, offs_m, offs_dv, rest, V_HEAD_DIM, BLOCK_DV, True)
+    kept = 1.0
+    if HAS_DROPOUT:
+        kept = dropout_factors(seed, dropout_threshold, keep_scale, queries, k_pos[:, None], head, row)
+    if WITH_DV:
+        dv = tl.dot((p_t * kept).to(do.dtype), do, dv, input_precision=PRECISION)
+    if WITH_DK:
+        dp_t = tl.dot(v, tl.trans(do), input_precision=PRECISION) * kept
+        delta = tl.load(delta_base + start_m + offs_m)
+        ds_t = p_t * (dp_t - delta[None, :]) * slope
+        dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
 
@@ -175,7 +171,7 @@ def dkv_kernel(
     if PACKED_Q:
         first_q = tl.load(cu_seqlens_q + row).to(tl.int64)
         seqlen_q = (tl.load(cu_seqlens_q + row + 1) - first_q).to(tl.int32)
-        q_row, do_row, lse_row = first_q * stride_q_m, first_q * stride_do_m, first_q
+        q_row, do_row, lse_row = first_q * stride_q_m, first_q * stride_do_m, padded_row(first_q, row)
     else:
         seqlen_q = max_seqlen_q
         q_row, do_row, lse_row = row * stride_q_b, row * stride_do_b, row * stride_lse_b
@@ -205,59 +201,36 @@ def dkv_kernel(
     if WITH_DK:
         v = load_tile(v_pointers, offs_n, offs_dv, seqlen_k - start_n, V_HEAD_DIM, BLOCK_DV, True)
 
-    # queries [begin, end) can see a key of this tile, tiles in [full_begin, full_end) see all of them
+    # queries [begin, end) can see a key of this tile
     shift = seqlen_k - seqlen_q
-    last_n = tl.minimum(start_n + BLOCK_N, seqlen_k) - 1
     begin = 0
-    full_begin = 0
     if HAS_RIGHT:
         begin = tl.maximum(start_n - shift - window_right, 0) // BLOCK_M * BLOCK_M
-        full_begin = (tl.maximum(last_n - shift - window_right, 0) + BLOCK_M - 1) // BLOCK_M * BLOCK_M
     end = seqlen_q
-    full_end = seqlen_q // BLOCK_M * BLOCK_M
     if HAS_LEFT:
-        end = tl.minimum(seqlen_q, last_n - shift + window_left + 1)
-        full_end = tl.minimum(full_end, tl.maximum(start_n - shift + window_left + 1, 0) // BLOCK_M * BLOCK_M)
+        end = tl.minimum(seqlen_q, tl.minimum(start_n + BLOCK_N, seqlen_k) - shift + window_left)
     if start_n >= seqlen_k:
         end = 0
-    end = tl.maximum(end, 0)
-    full_begin = tl.minimum(full_begin, end)
-    full_end = tl.minimum(tl.maximum(full_end, full_begin), end)
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     k_pos = start_n + offs_n
     row32 = row.to(tl.int32)
     seed = tl.load(dropout_seed) if HAS_DROPOUT else 0
-    for group in range(GROUP):
-        head = head_k * GROUP + group
-        head32 = head.to(tl.int32)
+    # one loop over all heads' queries: loops within loops would wait for loads anew, and take registers
+    steps = (tl.maximum(end - begin, 0) + BLOCK_M - 1) // BLOCK_M
+    for step in range(0, GROUP * steps):
+        head32 = head_k.to(tl.int32) * GROUP + step // steps
+        head = head32.to(tl.int64)
         bias_base = Bias + row * stride_bias_b + head * stride_bias_h if BIAS > 0 else Q
         alibi_slope = tl.load(alibi_slopes + row * stride_alibi_b + head) if HAS_ALIBI else 0.0
-        q_base = Q + q_row + head * stride_q_h
-        do_base = DOut + do_row + head * stride_do_h
-        lse_base = LseLog2 + lse_row + head * stride_lse_h
-        delta_base = Delta + lse_row + head * stride_lse_h
-        if HAS_RIGHT:
-            dk, dv = _add_queries(
-                dk, dv, k, v, q_base, do_base, lse_base, delta_base, begin, full_begin, k_pos, seqlen_q, seqlen_k,
-                window_left, window_right, scale_log2, softcap_log2, stride_q_m, stride_do_m, bias_base, stride_bias_m,
-                stride_bias_n, alibi_slope, seed, dropout_threshold, keep_scale, head32, row32,
-                HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
-                BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION, WITH_DK, WITH_DV,
-            )  # fmt: skip
         dk, dv = _add_queries(
-            dk, dv, k, v, q_base, do_base, lse_base, delta_base, full_begin, full_end, k_pos, seqlen_q, seqlen_k,
-            window_left, window_right, scale_log2, softcap_log2, stride_q_m, stride_do_m, bias_base, stride_bias_m,
-            stride_bias_n, alibi_slope, seed, dropout_threshold, keep_scale, head32, row32,
-            HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, False, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
-            BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION, WITH_DK, WITH_DV,
-        )  # fmt: skip
-        dk, dv = _add_queries(
-            dk, dv, k, v, q_base, do_base, lse_base, delta_base, full_end, end, k_pos, seqlen_q, seqlen_k,
-            window_left, window_right, scale_log2, softcap_log2, stride_q_m, stride_do_m, bias_base, stride_bias_m,
-            stride_bias_n, alibi_slope, seed, dropout_threshold, keep_scale, head32, row32,
-            HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+            dk, dv, k, v, Q + q_row + head * stride_q_h, DOut + do_row + head * stride_do_h,
+            LseLog2 + lse_row + head * stride_lse_h, Delta + lse_row + head * stride_lse_h,
+            begin + step % steps * BLOCK_M, k_pos, seqlen_q, seqlen_k, window_left, window_right, scale_log2,
+            softcap_log2, stride_q_m, stride_do_m, bias_base, stride_bias_m, stride_bias_n, alibi_slope, seed,
+            dropout_threshold, keep_scale, head32, row32,
+            HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
             BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION, WITH_DK, WITH_DV,
         )  # fmt: skip
     # keys behind `seqused_k` are stored but unseen: their gradients are 0

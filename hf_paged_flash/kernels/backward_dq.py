@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .modifiers import add_biases, dropout_factors, scores_and_slope
-from .primitives import load_tile, visible_keys, visible_runs
+from .primitives import load_tile, padded_row, visible_keys, visible_runs
 
 
 @triton.jit
@@ -156,7 +156,8 @@ def dq_kernel(
     if PACKED_Q:
         first_q = tl.load(cu_seqlens_q + row).to(tl.int64)
         seqlen_q = (tl.load(cu_seqlens_q + row + 1) - first_q).to(tl.int32)
-        q_row, do_row, dq_row, lse_row = first_q * stride_q_m, first_q * stride_do_m, first_q * stride_dq_m, first_q
+        q_row, do_row, dq_row = first_q * stride_q_m, first_q * stride_do_m, first_q * stride_dq_m
+        lse_row = padded_row(first_q, row)
     else:
         seqlen_q = max_seqlen_q
         q_row, do_row, dq_row, lse_row = row * stride_q_b, row * stride_do_b, row * stride_dq_b, row * stride_lse_b
@@ -182,8 +183,8 @@ def dq_kernel(
     do_pointers = DOut + do_row + head * stride_do_h + rows[:, None] * stride_do_m + offs_dv[None, :]
     q = tl.load(q_pointers, mask=row_mask[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
     do = tl.load(do_pointers, mask=row_mask[:, None] & (offs_dv < V_HEAD_DIM)[None, :], other=0.0)
-    lse_log2 = tl.load(LseLog2 + lse_row + head * stride_lse_h + offs_m, mask=row_mask, other=float("inf"))
-    delta = tl.load(Delta + lse_row + head * stride_lse_h + offs_m, mask=row_mask, other=0.0)
+    lse_log2 = tl.load(LseLog2 + lse_row + head * stride_lse_h + offs_m)
+    delta = tl.load(Delta + lse_row + head * stride_lse_h + offs_m)
 
     shift = seqlen_k - seqlen_q
     last_m = tl.minimum(start_m + BLOCK_M, seqlen_q) - 1

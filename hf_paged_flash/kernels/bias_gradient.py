@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .modifiers import add_biases, dropout_factors, scores_and_slope
-from .primitives import load_tile, visible_keys
+from .primitives import load_tile, padded_row, visible_keys
 
 BLOCK = 32
 
@@ -101,7 +101,7 @@ def _bias_gradient_kernel(
         if PACKED_Q:
             first_q = tl.load(cu_seqlens_q + row).to(tl.int64)
             seqlen_q = (tl.load(cu_seqlens_q + row + 1) - first_q).to(tl.int32)
-            q_row, do_row, lse_row = first_q * stride_q_m, first_q * stride_do_m, first_q
+            q_row, do_row, lse_row = first_q * stride_q_m, first_q * stride_do_m, padded_row(first_q, row)
         else:
             seqlen_q = max_seqlen_q
             q_row, do_row, lse_row = row * stride_q_b, row * stride_do_b, row * stride_lse_b

@@ -10,7 +10,7 @@ from .backward_dq import dq_kernel
 from .bias_gradient import bias_gradient
 from .flash_forward import dot_precision, last_dim_contiguous
 from .modifiers import modifier_arguments
-from .primitives import LOG2_E
+from .primitives import LOG2_E, ROW_PAD, padded_row
 
 
 @triton.jit
@@ -28,6 +28,8 @@ def _delta_kernel(
     stride_do_b,
     stride_do_m,
     stride_do_h,
+    stride_in_b,
+    stride_in_h,
     stride_lse_b,
     stride_lse_h,
     max_seqlen_q,
@@ -39,18 +41,21 @@ def _delta_kernel(
 ):
     """D = rowsum(dO o O) - dlse (FlashAttention-2, algorithm 2), and lse in log2 units, +inf for rows without keys.
 
-    Out, DOut (B, Sq, Hq, Dv) or packed; Lse, DLse, Delta, LseLog2 fp32 (B, Hq, Sq) or (Hq, Tq). Grid (tiles, Hq, B).
+    Out, DOut (B, Sq, Hq, Dv) or packed; Lse, DLse fp32 (B, Hq, Sq) or (Hq, Tq), with strides `stride_in`; Delta and
+    LseLog2 likewise, but with ROW_PAD behind each row. Grid (Hq, tiles, B).
     """
-    head = tl.program_id(1).to(tl.int64)
+    head = tl.program_id(0).to(tl.int64)
     row = tl.program_id(2).to(tl.int64)
     if PACKED_Q:
         first = tl.load(cu_seqlens_q + row).to(tl.int64)
         seqlen_q = (tl.load(cu_seqlens_q + row + 1) - first).to(tl.int32)
-        o_row, do_row, lse_row = first * stride_o_m, first * stride_do_m, first
+        o_row, do_row = first * stride_o_m, first * stride_do_m
+        in_row, lse_row = first, padded_row(first, row)
     else:
         seqlen_q = max_seqlen_q
-        o_row, do_row, lse_row = row * stride_o_b, row * stride_do_b, row * stride_lse_b
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+        o_row, do_row = row * stride_o_b, row * stride_do_b
+        in_row, lse_row = row * stride_in_b, row * stride_lse_b
+    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_dv = tl.arange(0, BLOCK_DV)
     rows = offs_m.to(tl.int64)
     mask = (offs_m < seqlen_q)[:, None] & (offs_dv < V_HEAD_DIM)[None, :]
@@ -59,14 +64,15 @@ def _delta_kernel(
     o = tl.load(o_pointers, mask=mask, other=0.0).to(tl.float32)
     do = tl.load(do_pointers, mask=mask, other=0.0).to(tl.float32)
     delta = tl.sum(o * do, 1)
-    lse_offsets = lse_row + head * stride_lse_h + offs_m
-    in_row = offs_m < seqlen_q
-    lse = tl.load(Lse + lse_offsets, mask=in_row, other=0.0)
+    row_mask = offs_m < seqlen_q
+    offsets_in = in_row + head * stride_in_h + offs_m
+    lse = tl.load(Lse + offsets_in, mask=row_mask, other=0.0)
     no_key = lse == float("-inf")
     if HAS_DLSE:
-        delta -= tl.where(no_key, 0.0, tl.load(DLse + lse_offsets, mask=in_row, other=0.0))
-    tl.store(Delta + lse_offsets, delta, mask=in_row)
-    tl.store(LseLog2 + lse_offsets, tl.where(no_key, float("inf"), lse * LOG2_E), mask=in_row)
+        delta -= tl.where(no_key, 0.0, tl.load(DLse + offsets_in, mask=row_mask, other=0.0))
+    offsets = lse_row + head * stride_lse_h + offs_m
+    tl.store(Delta + offsets, delta, mask=row_mask)
+    tl.store(LseLog2 + offsets, tl.where(no_key, float("inf"), lse * LOG2_E), mask=row_mask)
 
 
 def flash_backward(
@@ -116,13 +122,16 @@ def flash_backward(
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     for x in [dq] * packed + [dk, dv] * packed_k:
         x.zero_()
-    delta, lse_log2 = torch.zeros_like(lse), torch.full_like(lse, float("inf"))
+    pad = ROW_PAD.value
+    padded_rows = q.shape[0] + 2 * pad * batch if packed else triton.cdiv(max_seqlen_q, pad) * pad
+    lse_log2 = lse.new_full((*lse.shape[:-1], padded_rows), float("inf"))
+    delta = torch.zeros_like(lse_log2)
     if causal:
         window_right = 0
     scale_log2, softcap_log2 = softmax_scale * LOG2_E.value, 0.0
     if softcap > 0:
         scale_log2, softcap_log2 = 2.0 * scale_log2 / softcap, softcap * LOG2_E.value
-    lse_strides = {"stride_lse_b": 0 if packed else lse.stride(0), "stride_lse_h": lse.stride(-2)}
+    lse_strides = {"stride_lse_b": 0 if packed else delta.stride(0), "stride_lse_h": delta.stride(-2)}
 
     def strides(name: str, x: torch.Tensor, sequence: str) -> dict[str, int]:
         return {
@@ -145,9 +154,10 @@ def flash_backward(
     )  # fmt: skip
     with torch.cuda.device_of(q):
         if out.numel():
-            _delta_kernel[(triton.cdiv(max_seqlen_q, 64), num_heads, batch)](
+            _delta_kernel[(num_heads, triton.cdiv(max_seqlen_q, 64), batch)](
                 Out=out, DOut=dout, DLse=dlse, Lse=lse, cu_seqlens_q=cu_seqlens_q, Delta=delta, LseLog2=lse_log2,
-                **strides("o", out, "m"), **strides("do", dout, "m"), **lse_strides, max_seqlen_q=max_seqlen_q,
+                **strides("o", out, "m"), **strides("do", dout, "m"), **lse_strides,
+                stride_in_b=0 if packed else lse.stride(0), stride_in_h=lse.stride(-2), max_seqlen_q=max_seqlen_q,
                 V_HEAD_DIM=v_head_dim, PACKED_Q=packed, HAS_DLSE=dlse is not None, BLOCK_DV=block_dv, BLOCK_M=64,
             )  # fmt: skip
             tile = backward_configs.dq_tile(block_d, block_dv, q.dtype, device)

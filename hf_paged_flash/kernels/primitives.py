@@ -5,6 +5,8 @@ import triton.language as tl
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+# room behind each row of the backward's lse and D, at least the tallest tile of queries
+ROW_PAD: tl.constexpr = tl.constexpr(128)
 
 
 @triton.jit
@@ -118,6 +120,15 @@ def load_tile(pointers, offs_n, offs_d, limit_n, D: tl.constexpr, BLOCK_D: tl.co
     else:
         tile = tl.load(pointers)
     return tile
+
+
+@triton.jit
+def padded_row(first_q, row):
+    """Where packed row `row`, whose queries begin at `first_q`, begins if ROW_PAD or more elements follow each row.
+
+    A multiple of ROW_PAD: tiles are read aligned and without masks.
+    """
+    return (first_q + row * (2 * ROW_PAD)) // ROW_PAD * ROW_PAD
 
 
 @triton.jit
