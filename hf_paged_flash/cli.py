@@ -9,7 +9,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-bench = typer.Typer(help="Kernel benchmarks against their peers.", no_args_is_help=True)
+bench = typer.Typer(help="Benchmarks against peers.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
 # The options, and `--help`, belong to the module: click must pass them on as they are.
@@ -44,8 +44,20 @@ def memory(context: typer.Context) -> None:
 
 @bench.command("flash-attention", context_settings=PASSED_ON)
 def bench_flash_attention(context: typer.Context) -> None:
-    """Forward attention against SDPA (FlashAttention-2, cuDNN) and FlexAttention."""
+    """Attention forward and backward against SDPA (FlashAttention-2, cuDNN) and FlexAttention."""
     _hand_over(context, "hf_paged_flash.eval.bench.flash_attention")
+
+
+@bench.command("training", context_settings=PASSED_ON)
+def bench_training(context: typer.Context) -> None:
+    """Tokens a second and peak memory of training steps against sdpa and eager."""
+    _hand_over(context, "hf_paged_flash.eval.bench.training")
+
+
+@bench.command("attention-memory", context_settings=PASSED_ON)
+def bench_attention_memory(context: typer.Context) -> None:
+    """Peak memory of attention, forward and backward, by sequence length up to 128k."""
+    _hand_over(context, "hf_paged_flash.eval.bench.attention_memory")
 
 
 @bench.command("paged-decode", context_settings=PASSED_ON)
@@ -66,6 +78,7 @@ def info() -> None:
     from hf_paged_flash import backend
     from hf_paged_flash.eval.report import console
     from hf_paged_flash.eval.results import commit, versions
+    from hf_paged_flash.patches import ALL_PATCHES
 
     table = Table(show_header=False)
     table.add_row("hf_paged_flash", f"{hf_paged_flash.__version__} (commit {commit()})")
@@ -79,7 +92,7 @@ def info() -> None:
         if device.type == "cuda":
             table.add_row("", _hopper_kernels(device))
     table.add_row("registered", _registered())
-    for patch in _patches():
+    for patch in ALL_PATCHES:
         table.add_row(f"patch {patch.target}", f"{'applied' if patch.applied else 'not applied'}: {patch.reason}")
     console().print(table)
 
@@ -130,20 +143,6 @@ def _registered() -> str:
     places = {"attention": AttentionInterface, "mask": AttentionMaskInterface}
     found = {kind: "paged_flash" in interface().valid_keys() for kind, interface in places.items()}
     return ", ".join(f"paged_flash as {kind}: {'yes' if is_there else 'no'}" for kind, is_there in found.items())
-
-
-def _patches() -> list:
-    """Every change to transformers that this package knows, one file each."""
-    import importlib
-    import pkgutil
-
-    from hf_paged_flash import patches
-    from hf_paged_flash.patches.base import Patch
-
-    modules = [
-        importlib.import_module(f"{patches.__name__}.{found.name}") for found in pkgutil.iter_modules(patches.__path__)
-    ]
-    return [value for module in modules for value in vars(module).values() if isinstance(value, Patch)]
 
 
 def main() -> None:
