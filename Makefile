@@ -26,7 +26,9 @@ lint: environment
 	$(python) -m ruff check .
 
 bench: environment
-	for bench in flash_attention paged_decode; do $(python) -m hf_paged_flash.eval.bench.$$bench; done
+	for bench in flash_attention paged_decode training attention_memory; do \
+		$(python) -m hf_paged_flash.eval.bench.$$bench; \
+	done
 
 environment: $(VENV)/.installed
 

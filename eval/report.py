@@ -12,7 +12,7 @@ from hf_paged_flash.errors import ArgumentError, PagedFlashError
 # Wide enough for every table here where no terminal says how wide it is (pipes, logs).
 PIPE_WIDTH = 130
 
-EVAL_EXTRA = ("accelerate", "datasets", "tqdm")
+EVAL_EXTRA = ("accelerate", "datasets", "matplotlib", "tqdm")
 
 
 def console() -> Console:

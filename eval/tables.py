@@ -1,4 +1,4 @@
-"""README's tables, made from the rows in eval/results: the newest run of each benchmark.
+"""README's tables, made from the rows in eval/results: the newest run of each benchmark, and of each of its passes.
 
 python -m hf_paged_flash.eval.tables            # print them
 python -m hf_paged_flash.eval.tables --write    # put them between README's `<!-- table: NAME -->` marks
@@ -18,6 +18,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 IMPLEMENTATIONS = {
     "paged_flash": "paged_flash",
+    "paged_flash_portable": "portable kernels",
+    "sdpa": "sdpa",
+    "eager": "eager",
     "sdpa_fa2": "SDPA FA2",
     "sdpa_cudnn": "SDPA cuDNN",
     "flex": "FlexAttention",
@@ -26,18 +29,30 @@ IMPLEMENTATIONS = {
     "static": "StaticCache, 4096 a row",
     "paged": "PagedCache",
 }
+# What a table multiplies: ours, and whom it is compared with.
+RATIOS = (("paged_flash", "sdpa_fa2"), ("paged_flash", "sdpa_cudnn"), ("paged_flash_portable", "sdpa_fa2"))
+TABLE_LENGTHS = (1024, 4096, 16384)  # the picture has those between as well
 _MARK = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end of table -->", re.DOTALL)
 
 
-def newest_run(path: Path) -> list[dict]:
-    """The rows of the last run in a results file."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [row for row in rows if row["run"] == rows[-1]["run"]]
+class NoRows(Exception):
+    """A table or a picture whose benchmark has not been recorded yet."""
 
 
-def newest_runs(path: Path, key: Callable[[dict], object]) -> list[dict]:
-    """For each value of `key`, the rows of the last run that has it."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def all_rows(path: Path) -> list[dict]:
+    """The rows of a results file.
+
+    Raises:
+        NoRows: there is no such file.
+    """
+    if not path.is_file():
+        raise NoRows(path)
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def newest_runs(path: Path, key: Callable[[dict], object] = lambda row: None) -> list[dict]:
+    """For each value of `key`, the rows of the last run that has it; by default those of the file's last run."""
+    rows = all_rows(path)
     last = {key(row): row["run"] for row in rows}
     return [row for row in rows if row["run"] == last[key(row)]]
 
@@ -71,39 +86,144 @@ def _columns(cases: dict[str, dict[str, float]]) -> list[str]:
     return [name for name in IMPLEMENTATIONS if any(name in values for values in cases.values())]
 
 
-def _speed(cases: dict[str, dict[str, float]], label: Callable[[dict], str], peers: list[str], what: str) -> str:
-    """One row a case: each implementation's number, then ours as a multiple of the peers'."""
+def _speed(cases: dict[str, dict[str, float]], label: Callable[[dict], str], what: str) -> str:
+    """One row a case: each implementation's number, then ours as multiples of the peers'."""
     names = _columns(cases)
-    heading = [what, *(IMPLEMENTATIONS[name] for name in names), *(f"× {IMPLEMENTATIONS[peer]}" for peer in peers)]
+    pairs = [pair for pair in RATIOS if set(pair) <= set(names)]
+    multiples = (f"{'portable ' if ours != 'paged_flash' else ''}× {IMPLEMENTATIONS[peer]}" for ours, peer in pairs)
+    heading = [what, *(IMPLEMENTATIONS[name] for name in names), *multiples]
     rows = []
     for case, values in cases.items():
         numbers = [f"{values[name]:,.0f}" if name in values else "–" for name in names]
-        ratios = [f"{values['paged_flash'] / values[peer]:.2f}" if peer in values else "–" for peer in peers]
+        ratios = [f"{values[ours] / values[peer]:.2f}" if {ours, peer} <= set(values) else "–" for ours, peer in pairs]
         rows.append([label(json.loads(case)), *numbers, *ratios])
     return markdown(heading, rows)
 
 
-def flash_attention(folder: Path) -> str:
-    """Forward TFLOP/s."""
-    rows = newest_run(folder / "flash_attention.jsonl")
+def attention_rows(folder: Path) -> list[dict]:
+    """The rows of the attention benchmark: for each pass, dense or packed, those of the last run that has it."""
+    return newest_runs(folder / "flash_attention.jsonl", lambda row: (row["case"]["pass"], "packed" in row["case"]))
+
+
+def _one_pass(folder: Path, direction: str, what: str) -> str:
+    rows = [
+        row
+        for row in attention_rows(folder)
+        if row["case"]["pass"] == direction and row["case"]["s"] in TABLE_LENGTHS and "packed" not in row["case"]
+    ]
+    if not rows:
+        raise NoRows(direction)
 
     def label(case: dict) -> str:
         mask = "causal" if case["causal"] else "full"
         return f"D{case['d']} {mask}, B{case['b']} S{case['s']}, {case['h']}/{case['hk']} heads"
 
-    table = _speed(_by_case(rows, "tflops"), label, ["sdpa_fa2", "sdpa_cudnn"], "forward, bf16, TFLOP/s")
-    return f"{table}\n\n{source(rows)}"
+    return f"{_speed(_by_case(rows, 'tflops'), label, f'{what}, bf16, TFLOP/s')}\n\n{source(rows)}"
+
+
+def flash_attention(folder: Path) -> str:
+    """Forward TFLOP/s of dense batches."""
+    return _one_pass(folder, "fwd", "forward")
+
+
+def flash_attention_backward(folder: Path) -> str:
+    """Backward TFLOP/s of dense batches."""
+    return _one_pass(folder, "bwd", "backward")
+
+
+def packed_rows(folder: Path) -> str:
+    """TFLOP/s of packed rows beside a dense batch of as many tokens and FLOPs, of one run."""
+    speeds = {
+        (row["run"], json.dumps(row["case"]), row["impl"]): row["value"]
+        for row in all_rows(folder / "flash_attention.jsonl")
+    }
+    table, used = [], []
+    for row in attention_rows(folder):
+        case = dict(row["case"])
+        packed = case.pop("packed", None)
+        if packed is None:
+            continue
+        dense = json.dumps(case | {"b": packed["dense_b"], "s": packed["dense_s"]})
+        rate = speeds.get((row["run"], dense, row["impl"]))
+        if rate is None:  # left out because its result was wrong
+            continue
+        what = f"{'backward' if case['pass'] == 'bwd' else 'forward'} D{case['d']}, {IMPLEMENTATIONS[row['impl']]}"
+        lengths = f"{case['b']} rows of {packed['shortest']} to {case['s']}"
+        shape = f"B{packed['dense_b']} S{packed['dense_s']}"
+        table.append([what, lengths, f"{row['value']:,.0f}", shape, f"{rate:,.0f}", f"{row['value'] / rate:.2f}"])
+        used.append(row)
+    if not table:
+        raise NoRows("packed")
+    heading = ["causal, 32/8 heads, TFLOP/s", "packed", "TFLOP/s", "dense", "TFLOP/s", "packed ÷ dense"]
+    return f"{markdown(heading, table)}\n\n{source(used)}"
+
+
+def _values(rows: list[dict], key: Callable[[dict], object]) -> dict[object, dict[tuple[str, str], float]]:
+    """{key of the case: {(implementation, metric): value}}."""
+    values: dict[object, dict[tuple[str, str], float]] = {}
+    for row in rows:
+        values.setdefault(key(row["case"]), {})[row["impl"], row["metric"]] = row["value"]
+    return values
+
+
+def _cell(values: dict, impl: str, metric: str, form: str, factor: float = 1) -> str:
+    if (impl, metric) in values:
+        return format(values[impl, metric] * factor, form)
+    return "out of memory" if (impl, "out_of_memory") in values else "–"
+
+
+def training(folder: Path) -> str:
+    """Tokens a second and peak memory of training steps, by length."""
+    rows = newest_runs(folder / "training.jsonl")
+    names = [name for name in IMPLEMENTATIONS if any(row["impl"] == name for row in rows)]
+    table = []
+    for (length, checkpointing), values in _values(rows, lambda case: (case["s"], case["checkpointing"])).items():
+        ours, theirs = (values.get((impl, "tokens_per_s")) for impl in ("paged_flash", "sdpa"))
+        losses = [values[impl, "last_loss"] for impl in names if (impl, "last_loss") in values]
+        table.append([
+            f"{length:,}{', checkpointed' if checkpointing else ''}",
+            *(_cell(values, impl, "tokens_per_s", ",.0f") for impl in names),
+            f"{ours / theirs:.2f}" if ours and theirs else "–",
+            *(_cell(values, impl, "peak_gib", ".1f") for impl in names),
+            f"{max(losses) / min(losses) - 1:.1e}" if len(losses) > 1 else "–",
+        ])  # fmt: skip
+    heading = ["tokens", *(f"{IMPLEMENTATIONS[impl]}, tokens/s" for impl in names), "× sdpa"]
+    heading += [*(f"{IMPLEMENTATIONS[impl]}, peak GiB" for impl in names), "losses differ by"]
+    return f"{markdown(heading, table)}\n\n{source(rows)}"
+
+
+def attention_memory(folder: Path) -> str:
+    """MiB of attention beyond inputs, outputs and gradients, by length."""
+    rows = newest_runs(folder / "attention_memory.jsonl")
+    names = [name for name in IMPLEMENTATIONS if any(row["impl"] == name for row in rows)]
+    passes = {"fwd": "forward", "fwd+bwd": "with backward"}
+    groups = _values(rows, lambda case: (case["s"], case["pass"]))
+    table = [
+        [
+            f"{length:,}",
+            *(
+                _cell(groups.get((length, direction), {}), impl, "extra_gib", ",.1f", 1024)
+                for direction in passes
+                for impl in names
+            ),
+            _cell(groups.get((length, "fwd+bwd"), {}), "paged_flash", "ms", ",.1f"),
+        ]
+        for length in dict.fromkeys(length for length, _ in groups)
+    ]
+    columns = (f"{what}: {IMPLEMENTATIONS[impl]}" for what in passes.values() for impl in names)
+    heading = ["MiB beyond inputs, outputs, gradients; tokens", *columns, "paged_flash with backward, ms"]
+    return f"{markdown(heading, table)}\n\n{source(rows)}"
 
 
 def paged_decode(folder: Path) -> str:
     """Decode GB/s of K/V read."""
-    rows = newest_run(folder / "paged_decode.jsonl")
+    rows = newest_runs(folder / "paged_decode.jsonl")
 
     def label(case: dict) -> str:
         return f"B{case['b']}, {case['ctx']} tokens, blocks of {case['block_size']}"
 
     heading = "decode, bf16, 32/8 heads, D128, GB/s of K/V"
-    table = _speed(_by_case(rows, "gbps"), label, ["sdpa_fa2", "sdpa_cudnn"], heading)
+    table = _speed(_by_case(rows, "gbps"), label, heading)
     return f"{table}\n\nPeers read dense K/V. {source(rows)}"
 
 
@@ -131,7 +251,7 @@ def perplexity(folder: Path) -> str:
 
 def memory(folder: Path) -> str:
     """K/V bytes of a ragged batch."""
-    rows = newest_run(folder / "memory.jsonl")
+    rows = newest_runs(folder / "memory.jsonl")
     groups: dict[tuple, dict[str, float]] = {}
     for row in rows:
         groups.setdefault((row["impl"], row["case"].get("block_size")), {})[row["metric"]] = row["value"]
@@ -147,7 +267,21 @@ def memory(folder: Path) -> str:
     return f"{markdown(['K/V of 32 ragged prompts', 'reserved GiB', 'stored GiB', 'waste'], table)}\n\n{source(rows)}"
 
 
-TABLES = {"flash_attention": flash_attention, "paged_decode": paged_decode, "perplexity": perplexity, "memory": memory}
+TABLES = {
+    made.__name__: made
+    for made in (
+        flash_attention, flash_attention_backward, packed_rows, paged_decode, training, attention_memory, memory,
+        perplexity,
+    )
+}  # fmt: skip
+
+
+def table_of(name: str, folder: Path) -> str:
+    """The table `name` of TABLES from the results in `folder`, or a line that says there are none yet."""
+    try:
+        return TABLES[name](folder)
+    except NoRows:
+        return "Not measured yet."
 
 
 def filled(text: str, folder: Path) -> str:
@@ -155,7 +289,7 @@ def filled(text: str, folder: Path) -> str:
 
     def table(match: re.Match) -> str:
         name = match.group(1)
-        return f"<!-- table: {name} -->\n{TABLES[name](folder)}\n<!-- end of table -->"
+        return f"<!-- table: {name} -->\n{table_of(name, folder)}\n<!-- end of table -->"
 
     return _MARK.sub(table, text)
 
@@ -171,8 +305,7 @@ def main(write: Annotated[bool, typer.Option("--write", help="put the tables int
         readme.write_text(filled(readme.read_text(encoding="utf-8"), folder), encoding="utf-8")
     else:
         for name in TABLES:
-            if (folder / f"{name}.jsonl").is_file():
-                print(f"{TABLES[name](folder)}\n")
+            print(f"{name}\n\n{table_of(name, folder)}\n")
 
 
 if __name__ == "__main__":

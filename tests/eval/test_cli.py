@@ -26,6 +26,8 @@ def run(*arguments):
         (["memory"], "--block-sizes"),
         (["bench", "flash-attention"], "--masks"),
         (["bench", "paged-decode"], "--block-sizes"),
+        (["bench", "training"], "--hidden-size"),
+        (["bench", "attention-memory"], "--heads"),
     ],
 )
 def test_help_comes_from_the_module(command, option):

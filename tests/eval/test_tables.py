@@ -33,8 +33,68 @@ def test_the_newest_run_counts(tmp_path):
         {**row, "run": "new", "impl": "sdpa_cudnn", "value": 4000},
     )
     text = tables.filled("a\n<!-- table: paged_decode -->\nstale\n<!-- end of table -->\nb\n", tmp_path)
-    assert "stale" not in text and "| B1, 2048 tokens, blocks of 16 | 3,000 | 4,000 | – | 0.75 |" in text
+    assert "stale" not in text and "| B1, 2048 tokens, blocks of 16 | 3,000 | 4,000 | 0.75 |" in text
     assert text.startswith("a\n<!-- table: paged_decode -->\n") and text.endswith("\n<!-- end of table -->\nb\n")
+
+
+def attention(impl, value, run="a", **case):
+    shape = {"pass": "fwd", "b": 4, "h": 32, "hk": 8, "s": 4096, "d": 128, "causal": True}
+    return {"run": run, "impl": impl, "metric": "tflops", "value": value, "case": shape | case}
+
+
+def test_passes_of_attention_are_of_their_own_runs(tmp_path):
+    backward = {"pass": "bwd"}
+    write(
+        tmp_path / "flash_attention.jsonl",
+        attention("paged_flash", 300, **backward),
+        attention("paged_flash_portable", 220, **backward),
+        attention("sdpa_fa2", 200, **backward),
+        attention("paged_flash", 1, s=8192),
+        attention("paged_flash", 500),
+        attention("paged_flash", 600, run="b"),
+    )
+    forward = tables.table_of("flash_attention", tmp_path)
+    assert "| D128 causal, B4 S4096, 32/8 heads | 600 |" in forward and "S8192" not in forward
+    text = tables.table_of("flash_attention_backward", tmp_path)
+    heading = "paged_flash | portable kernels | SDPA FA2 | × SDPA FA2 | portable × SDPA FA2 |"
+    assert f"| backward, bf16, TFLOP/s | {heading}" in text
+    assert "| D128 causal, B4 S4096, 32/8 heads | 300 | 220 | 200 | 1.50 | 1.10 |" in text
+    assert tables.table_of("packed_rows", tmp_path) == "Not measured yet."
+
+
+def test_packed_rows_are_compared_within_their_run(tmp_path):
+    packed = {"tokens": 100, "shortest": 7, "dense_b": 2, "dense_s": 50}
+    write(
+        tmp_path / "flash_attention.jsonl",
+        attention("paged_flash", 450, b=5, s=60, packed=packed),
+        attention("paged_flash", 500, b=2, s=50),
+        attention("paged_flash", 900, run="later", b=2, s=50),
+    )
+    text = tables.table_of("packed_rows", tmp_path)
+    assert "| forward D128, paged_flash | 5 rows of 7 to 60 | 450 | B2 S50 | 500 | 0.90 |" in text
+
+
+def test_what_ran_out_of_memory_says_so(tmp_path):
+    case = {"model": "llama-1b", "b": 1, "s": 65536, "layers": 16, "hidden_size": 2048, "checkpointing": True}
+    values = {"tokens_per_s": 2000, "peak_gib": 40, "last_loss": 10.0}
+    ours = [{"run": "a", "case": case, "impl": "paged_flash", "metric": m, "value": v} for m, v in values.items()]
+    theirs = [{**row, "impl": "sdpa", "value": row["value"] / 2} for row in ours[:2]]
+    eager = {**ours[0], "impl": "eager", "metric": "out_of_memory", "value": 1}
+    write(tmp_path / "training.jsonl", *ours, *theirs, eager)
+    assert (
+        "| 65,536, checkpointed | 2,000 | 1,000 | out of memory | 2.00 | 40.0 | 20.0 | out of memory | – |"
+        in tables.table_of("training", tmp_path)
+    )
+    case = {"pass": "fwd", "b": 1, "s": 131072, "h": 32, "hk": 8, "d": 128, "causal": True}
+    ours = {"run": "a", "case": case, "impl": "paged_flash", "metric": "extra_gib", "value": 0.5}
+    backward = {**ours, "case": case | {"pass": "fwd+bwd"}, "value": 2}
+    write(
+        tmp_path / "attention_memory.jsonl",
+        ours, {**ours, "metric": "ms", "value": 7}, {**ours, "impl": "eager", "metric": "out_of_memory", "value": 1},
+        backward, {**backward, "metric": "ms", "value": 1234.56},
+    )  # fmt: skip
+    text = tables.table_of("attention_memory", tmp_path)
+    assert "| 131,072 | 512.0 | out of memory | 2,048.0 | – | 1,234.6 |" in text
 
 
 def test_readme_holds_the_committed_results():

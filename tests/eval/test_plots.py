@@ -1,0 +1,47 @@
+"""README's picture shows what the committed results say."""
+
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from hf_paged_flash.eval import plots, tables
+
+CHECKOUT = Path(plots.__file__).resolve().parent.parent
+
+
+def row(impl, value, **case):
+    shape = {"pass": "fwd", "b": 4, "h": 32, "hk": 8, "s": 4096, "d": 128, "causal": True}
+    return {"run": "a-run", "gpu": "GPU", "impl": impl, "value": value, "case": shape | case}
+
+
+def test_series_are_causal_batches_of_as_many_tokens():
+    rows = [
+        row("paged_flash", 3.0, b=1, s=16384),
+        row("paged_flash", 2.0),
+        row("sdpa_cudnn", 1.0, d=64, **{"pass": "bwd"}),
+        *(row("paged_flash", 9.0, **other) for other in ({"causal": False}, {"hk": 32}, {"d": 256}, {"b": 2})),
+        row("paged_flash", 9.0, packed={"tokens": 16384}),
+    ]
+    assert plots.series_of(rows) == {
+        ("fwd", 128): {"paged_flash": [(4096, 2.0), (16384, 3.0)]},
+        ("bwd", 64): {"sdpa_cudnn": [(4096, 1.0)]},
+    }
+
+
+def test_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    plots.draw([row("paged_flash", 2.0), row("sdpa_fa2", 1.0, b=1, s=16384)], tmp_path / "it.svg")
+    text = (tmp_path / "it.svg").read_text()
+    ElementTree.fromstring(text)
+    assert all(word in text for word in ("runs a-run", "SDPA FA2", "backward, head_dim 64", "16384"))
+
+
+def test_readme_shows_the_committed_results():
+    picture = CHECKOUT / "eval" / "assets" / "flash_attention.svg"
+    if not (CHECKOUT / "README.md").is_file():
+        pytest.skip("no checkout")
+    assert "(eval/assets/flash_attention.svg)" in (CHECKOUT / "README.md").read_text(encoding="utf-8")
+    rows = [row for row in tables.attention_rows(CHECKOUT / "eval" / "results") if "packed" not in row["case"]]
+    runs = ", ".join(dict.fromkeys(row["run"] for row in rows))
+    assert f"runs {runs}" in picture.read_text(encoding="utf-8"), "run python -m hf_paged_flash.eval.plots"
