@@ -4,7 +4,7 @@
     python eval/train_tiny.py --output /tmp/tiny --smoke     # a few steps on a CPU, to see that it runs
 
 Writes OUTPUT/tiny_python/ (weights, configuration, tokenizer, training.json), OUTPUT/heldout.txt and
-OUTPUT/LICENSE-PSF.txt. Needs torch, transformers with accelerate, and tokenizers; no network and no `datasets`.
+OUTPUT/LICENSE-PSF.txt. Needs hf_paged_flash with accelerate; no network and no `datasets`.
 The model card is made from training.json: python eval/tiny_card.py OUTPUT/tiny_python
 """
 
@@ -48,7 +48,9 @@ class TinyTraining:
         metadata={"help": "standard library to train on (default: the running interpreter's)"},
     )
     include_tests: bool = field(default=True, metadata={"help": "train on the library's own test/ folder as well"})
-    attn_implementation: str = field(default="sdpa", metadata={"help": "attention used in training and evaluation"})
+    attn_implementation: str = field(
+        default="paged_flash", metadata={"help": "attention used in training and evaluation"}
+    )
     steps: int = 3600
     batch_size: int = field(default=16, metadata={"help": "sequences a step"})
     context: int = field(default=2048, metadata={"help": "tokens a sequence"})
@@ -157,8 +159,13 @@ def add_residual_dropout(model: LlamaForCausalLM, probability: float) -> None:
         layer.mlp.down_proj.register_forward_hook(drop)
 
 
-def train(options: TinyTraining, model, train_set: Dataset, heldout_set: list[dict]) -> list[dict[str, float]]:
-    """Train `model` in place, put back the weights of the best held-out evaluation, return the log of losses."""
+def train(
+    options: TinyTraining, model, train_set: Dataset, heldout_set: list[dict], logging_steps: int | None = None
+) -> list[dict[str, float]]:
+    """Train `model` in place, put back the weights of the best held-out evaluation, return the log of losses.
+
+    A logged loss is the mean of `logging_steps` steps; None = four logs an evaluation.
+    """
     cuda = torch.cuda.is_available() and not options.smoke
     interval = max(1, options.steps // options.evaluations)
     add_residual_dropout(model, options.dropout)
@@ -176,7 +183,7 @@ def train(options: TinyTraining, model, train_set: Dataset, heldout_set: list[di
             optim="adamw_torch_fused" if cuda else "adamw_torch",
             bf16=cuda,
             use_cpu=not cuda,
-            logging_steps=max(1, interval // 4),
+            logging_steps=logging_steps or max(1, interval // 4),
             logging_nan_inf_filter=False,
             eval_strategy="steps",
             eval_steps=interval,
