@@ -22,6 +22,12 @@ import torch
 from transformers import masking_utils
 
 from .cache.mask_handoff import announce_mask
+from .ops import library
+
+_COPIES = {
+    torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda, torch.Tensor.detach, torch.Tensor.clone,
+    torch.Tensor.contiguous, torch.Tensor.pin_memory,
+}  # fmt: skip
 
 
 @dataclass
@@ -67,6 +73,25 @@ def _pattern(mask_function: Callable) -> _Pattern:
     return pattern
 
 
+class _Windowed(torch.Tensor):
+    """A mask that keeps its window when it is copied, to the device of a layer or by a checkpoint."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        if func in _COPIES and result is not args[0]:
+            return _with_window(result, window_of(args[0]), masks_nothing(args[0]))
+        return result
+
+
+def _with_window(mask: torch.Tensor, window: tuple[int, int], masks_nothing: bool) -> torch.Tensor:
+    if not torch.compiler.is_compiling():  # nothing copies it there
+        mask = mask.as_subclass(_Windowed)
+    mask._paged_flash_window, mask._paged_flash_masks_nothing = window, masks_nothing
+    return mask
+
+
 def window_of(mask: torch.Tensor | None) -> tuple[int, int] | None:
     """Keys to the left and right of a query's own that it sees, as the mask's pattern says; None for no window."""
     return getattr(mask, "_paged_flash_window", None)
@@ -104,23 +129,34 @@ def paged_flash_mask(
     if attention_mask is not None:
         attention_mask = attention_mask.clone()  # kept beyond this call: a bool mask may be the user's own tensor
     is_paged = announce_mask(attention_mask, q_length, kv_length)
-    if pattern.window is not None and not (is_paged or torch.compiler.is_compiling() or _is_one_run(attention_mask)):
-        pattern.needs_matrix = True  # windows count columns, and tokens once the padding is out: not alike over a hole
+    if pattern.window is not None and not is_paged:
+        pattern.needs_matrix |= not _fits_window(pattern.window, attention_mask, sizes)
     if pattern.needs_matrix:
         kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
         return masking_utils.sdpa_mask(*sizes, mask_function, attention_mask, **kwargs)
     if pattern.segments is not None:
         mask = pattern.segments.to(torch.int32, copy=True)
+        if torch.compiler.is_compiling():  # for all layers at once: `packing.row_offsets`
+            mask._paged_flash_offsets = library.segment_offsets(mask)
     elif is_paged:
         mask = attention_mask
     else:
         mask = _padding(attention_mask, sizes, pattern.causal, kwargs.get("device"))
-    if pattern.window is not None:
-        if mask is None:
-            mask = torch.ones(1, 1, dtype=torch.bool, device=kwargs.get("device")).expand(batch_size, kv_length)
-            mask._paged_flash_masks_nothing = True
-        mask._paged_flash_window = pattern.window
-    return mask
+    if pattern.window is None:
+        return mask
+    if mask is not None:
+        return _with_window(mask, pattern.window, masks_nothing=False)
+    mask = torch.ones(1, 1, dtype=torch.bool, device=kwargs.get("device")).expand(batch_size, kv_length)
+    return _with_window(mask, pattern.window, masks_nothing=True)
+
+
+def _fits_window(window: tuple[int, int], attention_mask: torch.Tensor | None, sizes: tuple) -> bool:
+    """Whether a window means the same counted from the last key, and with the padding taken out."""
+    _, q_length, kv_length, q_offset, kv_offset = sizes
+    if window[1] > 0 and int(q_offset) + q_length != kv_offset + kv_length:
+        return False
+    # transformers counts columns; what is traced is not packed
+    return torch.compiler.is_compiling() or _is_one_run(attention_mask)
 
 
 def _settle_segments(pattern: _Pattern, attention_mask: torch.Tensor | None, sizes: tuple, is_users: bool) -> None:
@@ -158,20 +194,18 @@ def _padding(
 ) -> torch.Tensor | None:
     """The padding among the keys of a forward, bool (B, <= kv_length), or None."""
     batch_size, q_length, kv_length, q_offset, kv_offset = sizes
+    if attention_mask is not None and torch.compiler.is_compiling():
+        return attention_mask[:, kv_offset : kv_offset + kv_length]
+    seen = int(q_offset) + q_length - kv_offset if causal else kv_length
     if attention_mask is None:
-        seen = int(q_offset) + q_length - kv_offset
-        if kv_length <= seen or not causal:
-            return None
         # a static cache is longer than what it holds: the rest is padding
-        return torch.ones(batch_size, seen, dtype=torch.bool, device=device)
+        return None if kv_length <= seen else torch.ones(batch_size, seen, dtype=torch.bool, device=device)
     attention_mask = attention_mask[:, kv_offset : kv_offset + kv_length]
-    if torch.compiler.is_compiling():
-        return attention_mask
+    if isinstance(q_offset, torch.Tensor):  # a static cache's mask may be as long as the cache
+        attention_mask = attention_mask[:, :seen]
     # one of another width is kept, for the attention function to check
-    is_whole = attention_mask.shape[1] == kv_length == int(q_offset) + q_length - kv_offset
-    if is_whole and bool(attention_mask.all()):
-        return None
-    return attention_mask
+    is_whole = attention_mask.shape[1] == kv_length == seen
+    return None if is_whole and bool(attention_mask.all()) else attention_mask
 
 
 def as_matrix(mask: torch.Tensor | None) -> torch.Tensor | None:

@@ -130,6 +130,9 @@ class TestWhatIsHandedOver:
         padding[1, :3] = 0
         handed = create_causal_mask(**arguments(config, padding, columns=2, cache=cache))
         assert torch.equal(handed, padding.bool())
+        as_long_as_the_cache = torch.nn.functional.pad(padding, (0, 57))
+        handed = create_causal_mask(**arguments(config, as_long_as_the_cache, columns=2, cache=cache))
+        assert torch.equal(handed, padding.bool())
 
     def test_a_dynamic_sliding_cache_gets_the_columns_it_still_has(self, config):
         cache = DynamicCache(config=config)
@@ -139,6 +142,14 @@ class TestWhatIsHandedOver:
         mask = torch.cat([ragged_batch(LENGTHS)[1], torch.ones(3, 1, dtype=torch.long)], 1)
         handed = create_sliding_window_causal_mask(**arguments(config, mask, columns=1, cache=cache))
         assert torch.equal(handed, mask[:, -WINDOW:].bool())
+
+    @pytest.mark.parametrize("padded", [False, True])
+    def test_copies_keep_the_window(self, config, padded):
+        mask = ragged_batch(LENGTHS)[1] if padded else None
+        handed = create_sliding_window_causal_mask(**arguments(config, mask))
+        for copy_of_it in (handed.to("meta"), handed.detach(), handed.clone(), handed.to(handed.device)):
+            assert window_of(copy_of_it) == (WINDOW - 1, 0) and masks_nothing(copy_of_it) is not padded
+        assert window_of(handed[:, 1:]) is window_of(~handed) is None
 
     def test_never_a_matrix(self, monkeypatch):
         """No tensor of S x S elements is made anywhere in a forward's masks."""
@@ -252,6 +263,13 @@ class TestWhatBecomesAMatrix:
         mask[0, 5:8] = 0
         self.check(create_sliding_window_causal_mask, config, mask)
         self.check(create_bidirectional_sliding_window_mask, config, mask)
+
+    def test_two_sided_windows_over_keys_of_another_length(self, config):
+        given = arguments(config, None, encoder_hidden_states=torch.zeros(3, 31, 64))
+        del given["past_key_values"]
+        matrix = create_bidirectional_sliding_window_mask(**given)
+        assert matrix.shape == (3, 1, 20, 31)
+        assert torch.equal(matrix, create_bidirectional_sliding_window_mask(**given | {"config": as_sdpa(config)}))
 
     def test_chunks_over_a_hole_or_of_packed_rows(self):
         config = chunked(8)
