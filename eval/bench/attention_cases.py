@@ -12,7 +12,7 @@ OTHER_HEADS = ((4, 32, 32, 4096, 128), (2, 16, 8, 4096, 256))
 FULL_LENGTHS = {128: (1024, 4096, 16384), 64: (4096, 16384), 256: (4096,)}
 SHAPES = (*SWEEP, *OTHER_HEADS)
 # FlexAttention compiles some seconds for each shape.
-FLEX_SHAPES = ((4, 32, 8, 4096, 128), (1, 32, 8, 16384, 128), (4, 32, 8, 4096, 64))
+FLEX_SHAPES = ((4, 32, 8, 4096, 128), (1, 32, 8, 16384, 128))
 # Packed rows: about so many tokens, lengths log-uniform between these.
 PACKED_TOKENS, SHORTEST, LONGEST = 65536, 256, 16384
 
