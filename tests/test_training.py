@@ -7,6 +7,7 @@ import torch
 
 import hf_paged_flash
 from hf_paged_flash.errors import UnsupportedFeatureError
+from hf_paged_flash.ops import library
 from tests.tiny_models import ragged_batch, tiny_config, tiny_model
 
 MODEL_TYPES = ("llama", "gemma2", "gpt_oss", "mistral", "gpt2")
@@ -86,14 +87,8 @@ def test_a_step_equals_eager(model_type, kind):
 
 
 def test_packed_rows_train_as_the_rows_alone():
-    batch = packed()
-    lengths = torch.tensor([0, *LENGTHS]).cumsum(0).int()
     model = model_of("llama", "paged_flash")
-    with_offsets = batch | {
-        "cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths,
-        "max_length_q": max(LENGTHS), "max_length_k": max(LENGTHS),
-    }  # fmt: skip
-    assert_equal(gradients(model, with_offsets), gradients(model_of("llama", "eager"), batch))
+    assert_equal(gradients(model, with_offsets(packed())), gradients(model_of("llama", "eager"), packed()))
 
 
 @pytest.mark.parametrize("use_cache", [False, True])
@@ -168,6 +163,55 @@ def test_a_compiled_step_has_no_graph_break(kind, model_type):
     model = torch.compile(model, fullgraph=True, backend="aot_eager")
     loss, compiled = gradients(model, batch)
     assert_equal((loss, {name.removeprefix("_orig_mod."): x for name, x in compiled.items()}), expected)
+
+
+def with_offsets(batch):
+    """A packed batch as DataCollatorWithFlattening(return_flash_attn_kwargs=True) makes it."""
+    starts = torch.nonzero(batch["position_ids"][0] == 0)[:, 0]
+    offsets = torch.cat([starts, starts.new_tensor([batch["position_ids"].shape[1]])]).int()
+    longest = int(offsets.diff().max())
+    offsets = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets}
+    return batch | offsets | {"max_length_q": longest, "max_length_k": longest}
+
+
+def test_compiled_packed_rows_of_other_lengths_do_not_compile_anew_each_time():
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    model = model_of("llama", "paged_flash")
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for lengths in ((9, 23, 16), (5, 31, 8, 2), (40, 3), (6, 6, 6, 7)):
+        tokens = torch.randint(2, 97, (1, sum(lengths)))
+        batch = {"input_ids": tokens, "position_ids": torch.cat([torch.arange(n) for n in lengths])[None]}
+        for inputs in (batch, with_offsets(batch)):
+            torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, rtol=1e-4, atol=1e-5)
+    # each of the two kinds as it is, and with sizes that vary
+    assert len(graphs) <= 4
+    for graph in graphs:
+        calls = [node for node in graph.graph.nodes if node.target is library.flash_forward]
+        assert len(calls) == model.config.num_hidden_layers and not any(call.kwargs["bias"] for call in calls)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("kind", BATCHES)
+def test_export(kind, strict):
+    batch = {name: x for name, x in BATCHES[kind]().items() if name != "labels"}
+    model = model_of("llama", "paged_flash").eval()
+    exported = torch.export.export(model, (), batch, strict=strict)
+    real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+    actual, expected = (run(**batch).logits[real] for run in (exported.module(), model))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_packed_rows_are_found_once_a_forward(monkeypatch):
+    calls, find = [], library.segment_offsets
+    monkeypatch.setattr(library, "segment_offsets", lambda segments: calls.append(segments) or find(segments))
+    gradients(model_of("llama", "paged_flash"), packed())
+    assert len(calls) == 1
 
 
 def test_dropout_trains_and_is_reproducible():
