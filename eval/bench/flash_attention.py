@@ -115,9 +115,10 @@ def measure(case: Case, implementations: list[str], device: torch.device) -> Mea
 
 
 def _table(measured: list[Measured], implementations: list[str], device: str) -> Table:
-    table = Table(title=f"attention, TFLOP/s, {device_name(device)} (in brackets: paged_flash over the other)")
-    for heading in ("pass", "B", "H", "Hkv", "S", "D", "mask", *implementations, "error / eager's"):
-        table.add_column(heading, justify="right")
+    title = "in brackets paged_flash over the other; errors of ours as multiples of eager's"
+    table = Table(title=f"attention, TFLOP/s, {device_name(device)} ({title})")
+    for heading in ("pass", "batch", "heads", "mask", *implementations, "errors"):
+        table.add_column(heading, justify="right", overflow="fold")
     for item in measured:
         case, ours = item.case, item.speeds.get("paged_flash")
         cells = []
@@ -125,13 +126,12 @@ def _table(measured: list[Measured], implementations: list[str], device: str) ->
             if impl not in item.speeds:
                 cells.append("–")
             elif impl == "paged_flash" or ours is None:
-                cells.append(f"[bold]{item.speeds[impl]:,.1f}[/bold]")
+                cells.append(f"[bold]{item.speeds[impl]:,.0f}[/bold]")
             else:
-                cells.append(f"{item.speeds[impl]:,.1f} ({ours / item.speeds[impl]:.2f}×)")
-        length = f"≤ {case.s}, packed" if case.lengths else str(case.s)
-        shape = [case.direction, str(case.b), str(case.h), str(case.hk), length, str(case.d)]
-        errors = " ".join(f"{ratio:.2f}" for ratio in item.ratios.values())
-        table.add_row(*shape, "causal" if case.causal else "full", *cells, errors or "–")
+                cells.append(f"{item.speeds[impl]:,.0f} ({ours / item.speeds[impl]:.2f}×)")
+        batch = f"B{case.b} S{'≤' if case.lengths else ''}{case.s}"
+        shape = [case.direction, batch, f"{case.h}/{case.hk} D{case.d}", "causal" if case.causal else "full"]
+        table.add_row(*shape, *cells, " ".join(f"{ratio:.2f}" for ratio in item.ratios.values()) or "–")
     return table
 
 
