@@ -39,8 +39,8 @@ def images(model_type):
 def translation():
     input_ids, mask = ragged_batch(LENGTHS, "right")
     labels, label_mask = ragged_batch((33, 70), "right", seed=1)
-    labels = labels.masked_fill(label_mask == 0, -100)
-    return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}, lambda out: out.logits[label_mask.bool()]
+    inputs = {"input_ids": input_ids, "attention_mask": mask, "labels": labels.masked_fill(label_mask == 0, -100)}
+    return inputs, lambda out: out.logits[label_mask.bool()]
 
 
 def own_matrix():
