@@ -1,1 +1,1 @@
-"""Kernel benchmarks: each compares a public op with its peers in one run, after checking it against fp64."""
+"""Benchmarks: each compares ours with its peers in one run, and checks results before it records a number."""
