@@ -11,7 +11,7 @@ from . import rows
 from .backend import use_kernels
 from .cache import PagedTensor
 from .errors import PagedFlashError, UnsupportedFeatureError
-from .masks import masks_nothing, window_of
+from .masks import are_chunks, masks_nothing, window_of
 from .ops.validation import MAX_BACKWARD_HEAD_DIM, NO_WIDE_BACKWARD
 
 # Arguments that change what attention computes and that no path here applies: {name: what it is}
@@ -178,7 +178,8 @@ def _refuse_beside_offsets(key, attention_mask: torch.Tensor | None, position_bi
             "`position_bias` over rows that `cu_seq_lens_q` packs is not supported: pass a padded batch"
         )
     # segment ids, int32, are the same rows told by position_ids
-    if not masks_nothing(attention_mask) and attention_mask.dtype != torch.int32:
+    is_mask = not masks_nothing(attention_mask)
+    if is_mask and (attention_mask.dtype != torch.int32 or are_chunks(attention_mask)):
         raise UnsupportedFeatureError(
             f"an `attention_mask` of shape {tuple(attention_mask.shape)} and `cu_seq_lens_q` both say who sees whom: "
             "pass one"

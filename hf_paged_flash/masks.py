@@ -28,6 +28,7 @@ _COPIES = {
     torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda, torch.Tensor.detach, torch.Tensor.clone,
     torch.Tensor.contiguous, torch.Tensor.pin_memory,
 }  # fmt: skip
+_NOTES = ("_paged_flash_window", "_paged_flash_masks_nothing", "_paged_flash_are_chunks")
 
 
 @dataclass
@@ -39,6 +40,7 @@ class _Pattern:
         window: (left, right), keys that a query sees beside its own.
         chunks: (size, left_padding (B,)), a row's tokens see those of the same `size` tokens, counted from its first.
         segments: (B, S), tokens see those of an equal id.
+        positions: (B, S), the positions of packed rows, where these count rather than columns.
         needs_matrix: there is more to it.
     """
 
@@ -46,6 +48,7 @@ class _Pattern:
     window: tuple[int, int] | None = None
     chunks: tuple[int, torch.Tensor] | None = None
     segments: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
     needs_matrix: bool = False
 
 
@@ -58,7 +61,8 @@ def _pattern(mask_function: Callable) -> _Pattern:
             pattern.causal = True
         elif maker == "and_masks":
             open_ends.extend(arguments)
-        elif maker == "remap_positions_for_packed_sequence":  # packed rows count their positions from 0 here anyway
+        elif maker == "remap_positions_for_packed_sequence":
+            pattern.positions = arguments[1]
             open_ends.append(arguments[0])
         elif maker == "sliding_window_overlay" and pattern.window is None:
             pattern.window = (arguments[0] - 1, 0)
@@ -73,22 +77,23 @@ def _pattern(mask_function: Callable) -> _Pattern:
     return pattern
 
 
-class _Windowed(torch.Tensor):
-    """A mask that keeps its window when it is copied, to the device of a layer or by a checkpoint."""
+class _Annotated(torch.Tensor):
+    """A mask that keeps what is said of it when it is copied, to the device of a layer or by a checkpoint."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
         if func in _COPIES and result is not args[0]:
-            return _with_window(result, window_of(args[0]), masks_nothing(args[0]))
+            return _annotated(result, **{name: getattr(args[0], name) for name in _NOTES if hasattr(args[0], name)})
         return result
 
 
-def _with_window(mask: torch.Tensor, window: tuple[int, int], masks_nothing: bool) -> torch.Tensor:
+def _annotated(mask: torch.Tensor, **notes) -> torch.Tensor:
     if not torch.compiler.is_compiling():  # nothing copies it there
-        mask = mask.as_subclass(_Windowed)
-    mask._paged_flash_window, mask._paged_flash_masks_nothing = window, masks_nothing
+        mask = mask.as_subclass(_Annotated)
+    for name, note in notes.items():
+        setattr(mask, name, note)
     return mask
 
 
@@ -100,6 +105,11 @@ def window_of(mask: torch.Tensor | None) -> tuple[int, int] | None:
 def masks_nothing(mask: torch.Tensor | None) -> bool:
     """Whether a mask is there for its window alone."""
     return mask is None or getattr(mask, "_paged_flash_masks_nothing", False)
+
+
+def are_chunks(mask: torch.Tensor | None) -> bool:
+    """Whether a mask's ids are chunks, alone or of packed rows, which nothing but the mask tells."""
+    return getattr(mask, "_paged_flash_are_chunks", False)
 
 
 def paged_flash_mask(
@@ -136,6 +146,8 @@ def paged_flash_mask(
         return masking_utils.sdpa_mask(*sizes, mask_function, attention_mask, **kwargs)
     if pattern.segments is not None:
         mask = pattern.segments.to(torch.int32, copy=True)
+        if pattern.chunks is not None:
+            mask = _annotated(mask, _paged_flash_are_chunks=True)
         if torch.compiler.is_compiling():  # for all layers at once: `packing.row_offsets`
             mask._paged_flash_offsets = library.segment_offsets(mask)
     elif is_paged:
@@ -145,9 +157,9 @@ def paged_flash_mask(
     if pattern.window is None:
         return mask
     if mask is not None:
-        return _with_window(mask, pattern.window, masks_nothing=False)
+        return _annotated(mask, _paged_flash_window=pattern.window)
     mask = torch.ones(1, 1, dtype=torch.bool, device=kwargs.get("device")).expand(batch_size, kv_length)
-    return _with_window(mask, pattern.window, masks_nothing=True)
+    return _annotated(mask, _paged_flash_window=pattern.window, _paged_flash_masks_nothing=True)
 
 
 def _fits_window(window: tuple[int, int], attention_mask: torch.Tensor | None, sizes: tuple) -> bool:
@@ -162,18 +174,26 @@ def _fits_window(window: tuple[int, int], attention_mask: torch.Tensor | None, s
 def _settle_segments(pattern: _Pattern, attention_mask: torch.Tensor | None, sizes: tuple, is_users: bool) -> None:
     """Says chunks as segments, and asks for a matrix where segments are no runs of columns or not all there is."""
     _, q_length, kv_length, _, kv_offset = sizes
-    packed, chunks = pattern.segments, pattern.chunks
-    if packed is None and (chunks is None or kv_length + kv_offset <= chunks[0]):  # all in the first chunk
+    packed = pattern.segments
+    if packed is None and pattern.chunks is not None and kv_length + kv_offset <= pattern.chunks[0]:
+        pattern.chunks = None  # the first holds all
+    if packed is None and pattern.chunks is None:
         return
+    fits = q_length == kv_length
     if packed is not None:
-        fits = chunks is None and attention_mask is None and q_length == kv_length == packed.shape[1]
+        fits = fits and attention_mask is None and packed.shape[1] == kv_length
         fits = fits and (not is_users or _counts_up(packed))  # transformers' own ids do
-    else:
+    if fits and pattern.chunks is not None:
         # left padding gets chunks of its own, and no query looks at padding on its right; a hole would be seen
-        fits = pattern.causal and q_length == kv_length and _is_one_run(attention_mask)
-        size, left_padding = chunks
-        columns = torch.arange(kv_length, device=left_padding.device)
-        pattern.segments = (columns - left_padding[:, None]) // size
+        fits = pattern.causal and _is_one_run(attention_mask)
+        size, left_padding = pattern.chunks
+        positions = pattern.positions
+        if positions is None:
+            positions = torch.arange(kv_length, device=left_padding.device)
+        pattern.segments = (positions - left_padding[:, None]) // size
+        if packed is not None:
+            changes = (packed.diff() != 0) | (pattern.segments.diff() != 0)
+            pattern.segments = torch.nn.functional.pad(changes.cumsum(1), (1, 0))
     pattern.needs_matrix |= not fits
 
 

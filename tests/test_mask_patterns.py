@@ -14,6 +14,7 @@ from transformers import (
 )
 
 import hf_paged_flash
+from hf_paged_flash.errors import UnsupportedFeatureError
 from hf_paged_flash.masks import paged_flash_mask
 from tests.pattern_models import CONFIGS, assert_equal, build, compare, results
 from tests.tiny_models import ragged_batch, randomize, tiny_config, tiny_model
@@ -80,6 +81,13 @@ def test_chunked_attention(side):
 def test_chunks_of_packed_rows():
     make = lambda attention: build("llama4_text", attention, AutoModelForCausalLM, use_cache=False)  # noqa: E731
     compare(make, packed_rows(), lambda out: out.logits)
+
+
+def test_chunks_and_offsets_are_refused():
+    model = build("llama4_text", "paged_flash", AutoModelForCausalLM, use_cache=False)
+    offsets = torch.tensor([0, 9, 23], dtype=torch.int32)
+    with pytest.raises(UnsupportedFeatureError, match="`cu_seq_lens_q` both say who sees whom"):
+        model(ragged_batch((23,), None)[0], cu_seq_lens_q=offsets, cu_seq_lens_k=offsets)
 
 
 @pytest.mark.parametrize("cache", ["dynamic", None])

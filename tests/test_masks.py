@@ -14,7 +14,7 @@ from transformers.masking_utils import (
 )
 
 from hf_paged_flash import PagedCache
-from hf_paged_flash.masks import masks_nothing, paged_flash_mask, window_of
+from hf_paged_flash.masks import are_chunks, as_matrix, masks_nothing, paged_flash_mask, window_of
 from tests.tiny_models import WINDOW, ragged_batch, tiny_config, tiny_model
 
 LENGTHS = (20, 7, 13)
@@ -97,6 +97,15 @@ class TestWhatIsHandedOver:
         for ids, tokens in zip(handed, mask.bool(), strict=True):
             assert ids[tokens].tolist() == [place // 8 for place in range(int(tokens.sum()))]
             assert not set(ids[: tokens.int().argmax()].tolist()) & set(ids[tokens].tolist())  # padding on the left
+
+    def test_chunks_of_packed_rows(self):
+        position_ids = torch.cat([torch.arange(9), torch.arange(11)]).expand(3, -1)
+        given = arguments(chunked(8), None, position_ids=position_ids)
+        handed = create_chunked_causal_mask(**given)
+        assert handed.dtype == torch.int32 and are_chunks(handed) and are_chunks(handed.to("meta"))
+        causal = torch.ones(20, 20, dtype=torch.bool).tril()
+        matrix = create_chunked_causal_mask(**given | {"config": as_sdpa(chunked(8))})
+        assert torch.equal(as_matrix(handed) & causal, matrix)
 
     def test_a_whole_chunk_is_no_mask(self):
         assert create_chunked_causal_mask(**arguments(chunked(20), None)) is None
@@ -271,13 +280,10 @@ class TestWhatBecomesAMatrix:
         assert matrix.shape == (3, 1, 20, 31)
         assert torch.equal(matrix, create_bidirectional_sliding_window_mask(**given | {"config": as_sdpa(config)}))
 
-    def test_chunks_over_a_hole_or_of_packed_rows(self):
-        config = chunked(8)
+    def test_chunks_over_a_hole(self):
         mask = ragged_batch(LENGTHS)[1]
         mask[0, 5:8] = 0
-        self.check(create_chunked_causal_mask, config, mask)
-        position_ids = torch.cat([torch.arange(9), torch.arange(11)]).expand(3, -1)
-        self.check(create_chunked_causal_mask, config, None, position_ids=position_ids)
+        self.check(create_chunked_causal_mask, chunked(8), mask)
 
     def test_gemma3_with_bidirectional_attention(self):
         config, input_ids = tiny_config("gemma3_text", use_bidirectional_attention=True), ragged_batch([15])[0]
