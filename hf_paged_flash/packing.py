@@ -32,15 +32,16 @@ class Packing:
 
         Queries are the last of the keys where they are `positional`; else all of them count, padding or not.
         """
+        asked = q_length, positional, _writes(mask)
         known, packings = getattr(mask, "_paged_flash_padding", (None, None))
-        if known == (q_length, positional):
+        if known == asked:
             return packings
         keys = Packing.of(mask)
         if not positional:
             queries = Packing.of(mask.new_ones(mask.shape[0], q_length))
         else:
             queries = keys if q_length == mask.shape[1] else Packing.of(mask[:, mask.shape[1] - q_length :])
-        mask._paged_flash_padding = (q_length, positional), (keys, queries)
+        mask._paged_flash_padding = asked, (keys, queries)
         return keys, queries
 
 
@@ -55,19 +56,22 @@ def row_offsets(segments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def longest(cu_seqlens: torch.Tensor) -> int:
-    """The longest row's length, from the user's own offsets (B + 1,): read again once they are written to."""
-    if cu_seqlens.is_inference():  # no count of writes
-        return int(cu_seqlens.diff().max())
+    """The longest row's length, from the user's own offsets (B + 1,)."""
     known, length = getattr(cu_seqlens, "_paged_flash_longest", (None, None))
-    if known != cu_seqlens._version:
+    if known is None or known != _writes(cu_seqlens):
         length = int(cu_seqlens.diff().max())
-        cu_seqlens._paged_flash_longest = cu_seqlens._version, length
+        cu_seqlens._paged_flash_longest = _writes(cu_seqlens), length
     return length
+
+
+def _writes(x: torch.Tensor) -> int | None:
+    """How often `x` was written to: what was read from it before counts no more. None where torch does not tell."""
+    return None if x.is_inference() else x._version
 
 
 def pack(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """(B, H, S, D) to the tokens at `indices` (T,) of B * S, as (T, H, D)."""
-    return x.transpose(1, 2).flatten(0, 1)[indices]
+    return x.transpose(1, 2).flatten(0, 1).index_select(0, indices)  # `x[indices]` sorts in its backward
 
 
 def unpack(x: torch.Tensor, indices: torch.Tensor, batch: int, length: int) -> torch.Tensor:

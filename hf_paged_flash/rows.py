@@ -100,20 +100,21 @@ def packed(
     if query.shape[0] != 1:
         raise ArgumentError(f"`cu_seq_lens_q` describes packed rows in a batch of 1, got a batch of {query.shape[0]}")
     cu_seq_lens_k = cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
-    # an upper bound does; while tracing, a number that is not read from a tensor
-    if max_length_q is None:
-        max_length_q = query.shape[2] if torch.compiler.is_compiling() else longest(cu_seq_lens_q)
-    if max_length_k is None:
-        max_length_k = key.shape[2] if torch.compiler.is_compiling() else longest(cu_seq_lens_k)
-    if isinstance(max_length_q, torch.Tensor):
-        max_length_q = int(max_length_q)
-    if isinstance(max_length_k, torch.Tensor):
-        max_length_k = int(max_length_k)
     q, k, v = (x.transpose(1, 2)[0] for x in (query, key, value))
     return _attend(
-        q, k, v, scoring, max_length_q, max_length_k,
+        q, k, v, scoring,
+        _bound(max_length_q, cu_seq_lens_q, query.shape[2]), _bound(max_length_k, cu_seq_lens_k, key.shape[2]),
         cu_seqlens_q=cu_seq_lens_q.to(torch.int32), cu_seqlens_k=cu_seq_lens_k.to(torch.int32),
     )[None]  # fmt: skip
+
+
+def _bound(given: int | torch.Tensor | None, cu_seqlens: torch.Tensor, tokens: int) -> int:
+    """No row is longer; while tracing, nothing is read from a tensor for it."""
+    if given is not None and not isinstance(given, torch.Tensor):
+        return given
+    if torch.compiler.is_compiling():
+        return tokens
+    return longest(cu_seqlens) if given is None else int(given)
 
 
 def padded(query, key, value, mask: torch.Tensor, scoring: Scoring) -> torch.Tensor:

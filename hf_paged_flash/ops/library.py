@@ -213,9 +213,7 @@ def _differentiate(ctx, dout, dlse):
     return tuple(gradients)
 
 
-register_autograd(
-    "hf_paged_flash::flash_forward", _differentiate, setup_context=_save_for_backward, lib=_library
-)
+register_autograd("hf_paged_flash::flash_forward", _differentiate, setup_context=_save_for_backward, lib=_library)
 
 
 class _NoBackward(torch.autograd.Function):
