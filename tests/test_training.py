@@ -226,6 +226,17 @@ def test_dropout_trains_and_is_reproducible():
     assert model(**padded()).loss == model_of("llama", "paged_flash").eval()(**padded()).loss
 
 
+def test_dropout_compiles_and_draws_anew_each_step():
+    torch._dynamo.reset()
+    model = torch.compile(model_of("llama", "paged_flash", attention_dropout=0.3), fullgraph=True, backend="aot_eager")
+    results = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        results.append(gradients(model, packed()))
+    assert_equal(results[1], results[0], rtol=0, atol=0)
+    assert results[2][0] != results[0][0]
+
+
 def test_dropout_is_the_same_when_a_checkpoint_recomputes_it():
     model = model_of("llama", "paged_flash", attention_dropout=0.3)
     torch.manual_seed(0)

@@ -72,6 +72,30 @@ def test_encoders_in_bf16(model_type):
     assert (ours - exact).norm() <= 2 * (eager - exact).norm() + 1e-3 * exact.norm()
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("packed", [False, True])
+def test_deterministic_gradients_are_the_same_bits(packed, head_dim):
+    q, k, v = (torch.randn(2, 2048, h, head_dim, device="cuda", dtype=torch.bfloat16) for h in (8, 2, 2))
+    dout = torch.randn_like(q)
+    offsets = torch.tensor([0, 1000, 1001, 4096], device="cuda", dtype=torch.int32)
+
+    def run(deterministic):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        if packed:
+            rows = [x.flatten(0, 1) for x in leaves]
+            out = hf_paged_flash.flash_attn_varlen_func(
+                *rows, offsets, offsets, 3095, 3095, causal=True, deterministic=deterministic
+            ).view_as(q)
+        else:
+            out = hf_paged_flash.flash_attn_func(*leaves, causal=True, deterministic=deterministic)
+        return torch.autograd.grad(out, leaves, dout)
+
+    first, *others = (run(True) for _ in range(5))
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+    for a, b in zip(first, run(False), strict=True):
+        assert (a - b).norm() <= 1e-2 * a.norm()
+
+
 def test_memory_grows_linearly():
     def peak(length):
         shapes = (1, length, 8, 64), (1, length, 2, 64), (1, length, 2, 64)

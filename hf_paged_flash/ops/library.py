@@ -20,18 +20,21 @@ from torch.library import Library, register_autograd, register_fake
 from hf_paged_flash.backend import count, use_kernels
 from hf_paged_flash.errors import UnsupportedFeatureError
 from hf_paged_flash.ops import reference, reference_backward
-from hf_paged_flash.ops.validation import NO_PAGED_BACKWARD, any_requires_grad, check_kernel_limits
+from hf_paged_flash.ops.validation import (
+    NO_PAGED_BACKWARD,
+    NO_SECOND_DERIVATIVE,
+    any_requires_grad,
+    check_kernel_limits,
+)
 
 _BACKWARD_TENSOR_NAMES = (
-    "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "s_aux", "bias", "alibi_slopes", "dropout_seed",
-    "packed_lengths",
+    "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "s_aux", "bias", "alibi_slopes", "dropout_seed", "packed_lengths",
 )  # fmt: skip
 _TENSOR_NAMES = (*_BACKWARD_TENSOR_NAMES[:3], "block_table", *_BACKWARD_TENSOR_NAMES[3:])
 # register_autograd takes no keyword-only tensors, so all tensors come first
 _TENSORS = (
     "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? seqused_k=None, {}Tensor? s_aux=None, "
-    "Tensor? bias=None, Tensor? alibi_slopes=None, Tensor? dropout_seed=None, "
-    "Tensor? packed_lengths=None"
+    "Tensor? bias=None, Tensor? alibi_slopes=None, Tensor? dropout_seed=None, Tensor? packed_lengths=None"
 )
 _OPTIONS = (
     "SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, bool causal, int window_left=-1, "
@@ -213,7 +216,13 @@ def _differentiate(ctx, dout, dlse):
     return tuple(gradients)
 
 
+def _refuse_second_derivative(ctx, *grads):
+    raise UnsupportedFeatureError(NO_SECOND_DERIVATIVE)
+
+
 register_autograd("hf_paged_flash::flash_forward", _differentiate, setup_context=_save_for_backward, lib=_library)
+
+register_autograd("hf_paged_flash::flash_backward", _refuse_second_derivative, lib=_library)
 
 
 class _NoBackward(torch.autograd.Function):

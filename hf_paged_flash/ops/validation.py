@@ -187,6 +187,10 @@ NO_PAGED_BACKWARD = (
     "hf_paged_flash has no backward pass through paged keys and a K/V cache: call it under torch.no_grad() or "
     "torch.inference_mode(), or train without a cache (`use_cache=False`)"
 )
+NO_SECOND_DERIVATIVE = (
+    "hf_paged_flash has no second derivatives (`create_graph=True`): use the 'eager' attention where gradients are "
+    "differentiated again"
+)
 NO_WIDE_BACKWARD = (
     "hf_paged_flash has no backward kernel for a head_dim above 256: train with the 'sdpa' attention, call it under "
     "torch.no_grad(), or choose the backend 'reference'"

@@ -78,6 +78,13 @@ def test_gradients_compile(dynamic):
     torch.testing.assert_close(torch.autograd.grad(compiled(*leaves), leaves), expected)
 
 
+def test_second_derivatives_are_refused():
+    q = torch.randn(1, 3, 2, 16, requires_grad=True)
+    (gradient,) = torch.autograd.grad(flash_attn_func(q, q, q).square().sum(), q, create_graph=True)
+    with pytest.raises(UnsupportedFeatureError, match="second derivatives.*'eager'"):
+        gradient.sum().backward()
+
+
 def test_store_kv_keeps_no_history_of_keys_that_require_grad():
     k_cache, v_cache = torch.zeros(2, 16, 2, 16), torch.zeros(2, 16, 2, 16)
     k = torch.randn(1, 2, 2, 16, requires_grad=True) * 2
