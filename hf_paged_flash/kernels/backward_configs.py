@@ -13,10 +13,15 @@ from .configs import Device, Tile
 _DKV = dict[int, tuple[Tile, ...]]
 _DQ = dict[int, Tile]
 
-_DKV_HOPPER: _DKV = {64: (Tile(64, 128, 8, 2),), 128: (Tile(32, 64, 8, 2),), 256: (Tile(32, 32, 8, 2),)}
-_DQ_HOPPER: _DQ = {64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2)}
+# Hopper, measured
+_DKV_HOPPER: _DKV = {64: (Tile(64, 64, 4, 2),), 128: (Tile(64, 128, 8, 3),), 256: (Tile(32, 128, 8, 2),) * 2}
+_DQ_HOPPER: _DQ = {64: Tile(64, 64, 4, 2), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 2)}
+_DQ_HOPPER_MODIFIED: _DQ = {64: Tile(64, 64, 4, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2)}
+_DKV_HOPPER_MODIFIED: _DKV = {128: (Tile(32, 128, 8, 2),), 256: (Tile(32, 128, 8, 2),) * 2}
+# a bias changes its layout between products, which ptxas would serialise if they were in flight then
+_DKV_HOPPER_BIASED: _DKV = {128: (Tile(32, 128, 8, 1),), 256: (Tile(32, 128, 8, 1),) * 2}
 _DKV_BLACKWELL: _DKV = {64: (Tile(32, 128, 8, 2),), 128: (Tile(32, 32, 8, 2),), 256: (Tile(32, 32, 8, 1),)}
-_DQ_BLACKWELL = _DQ_HOPPER
+_DQ_BLACKWELL: _DQ = {64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2)}
 _DKV_AMPERE: _DKV = {64: (Tile(32, 128, 8, 2),), 128: (Tile(32, 64, 8, 2),), 256: (Tile(32, 32, 8, 1),)}
 _DQ_AMPERE: _DQ = {64: Tile(128, 64, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(64, 32, 8, 1)}
 # no tensor cores: IEEE products of fp32, into which fp16 is brought before Ampere, where its operands would spill
@@ -57,14 +62,16 @@ def compute_dtype(block_d: int, block_dv: int, dtype: torch.dtype, device: Devic
 
 
 def dkv_launches(
-    block_d: int, block_dv: int, dtype: torch.dtype, device: Device, modified: bool
+    block_d: int, block_dv: int, dtype: torch.dtype, device: Device, *, biased: bool = False, modified: bool = False
 ) -> tuple[tuple[Tile, bool, bool], ...]:
     """(tile, with dK, with dV) of each launch of the dK/dV kernel for padded head dims `block_d` (K), `block_dv` (V).
 
-    `modified`: with biases or dropout.
+    `biased`: with a bias or ALiBi; `modified`: with dropout or a softcap.
     """
     table = _tables(dtype, device.capability)[0]
-    if modified:  # they take registers: the tile of heads twice as wide
+    if table is _DKV_HOPPER:
+        table = _DKV_HOPPER_BIASED if biased else _DKV_HOPPER_MODIFIED if modified else table
+    elif biased or modified:  # they take registers: the tile of heads twice as wide
         block_d, block_dv = (min(2 * block, max(table)) for block in (block_d, block_dv))
     tiles = _row(table, block_d, block_dv)
     if len(tiles) == 1:
@@ -72,6 +79,7 @@ def dkv_launches(
     return (tiles[0], True, False), (tiles[1], False, True)
 
 
-def dq_tile(block_d: int, block_dv: int, dtype: torch.dtype, device: Device) -> Tile:
-    """The dQ kernel's tile for padded head dims `block_d` (K) and `block_dv` (V)."""
-    return _row(_tables(dtype, device.capability)[1], block_d, block_dv)
+def dq_tile(block_d: int, block_dv: int, dtype: torch.dtype, device: Device, *, modified: bool = False) -> Tile:
+    """The dQ kernel's tile for padded head dims `block_d` (K), `block_dv` (V); `modified`: with biases, too."""
+    table = _tables(dtype, device.capability)[1]
+    return _row(_DQ_HOPPER_MODIFIED if modified and table is _DQ_HOPPER else table, block_d, block_dv)

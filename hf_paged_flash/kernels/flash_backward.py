@@ -152,6 +152,7 @@ def flash_backward(
         HAS_SOFTCAP=softcap > 0, PRECISION=dot_precision(q.dtype), BLOCK_D=block_d, BLOCK_DV=block_dv,
         **modifier_arguments(bias, alibi_slopes, dropout_p, dropout_seed),
     )  # fmt: skip
+    biased, modified = bias is not None or alibi_slopes is not None, dropout_p > 0.0 or softcap > 0.0
     with torch.cuda.device_of(q):
         if out.numel():
             _delta_kernel[(num_heads, triton.cdiv(max_seqlen_q, 64), batch)](
@@ -160,14 +161,16 @@ def flash_backward(
                 stride_in_b=0 if packed else lse.stride(0), stride_in_h=lse.stride(-2), max_seqlen_q=max_seqlen_q,
                 V_HEAD_DIM=v_head_dim, PACKED_Q=packed, HAS_DLSE=dlse is not None, BLOCK_DV=block_dv, BLOCK_M=64,
             )  # fmt: skip
-            tile = backward_configs.dq_tile(block_d, block_dv, q.dtype, device)
+            tile = backward_configs.dq_tile(block_d, block_dv, q.dtype, device, modified=biased or modified)
             dq_kernel[(num_heads, triton.cdiv(max_seqlen_q, tile.block_m), batch)](
                 **shared, DQ=dq, **strides("dq", dq, "m"), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
                 num_warps=tile.num_warps, num_stages=tile.num_stages,
             )  # fmt: skip
         if dk.numel():
-            modified = bias is not None or alibi_slopes is not None or dropout_p > 0.0
-            for tile, with_dk, with_dv in backward_configs.dkv_launches(block_d, block_dv, q.dtype, device, modified):
+            launches = backward_configs.dkv_launches(
+                block_d, block_dv, q.dtype, device, biased=biased, modified=modified
+            )
+            for tile, with_dk, with_dv in launches:
                 dkv_kernel[(triton.cdiv(max_seqlen_k, tile.block_n), num_kv_heads, batch)](
                     **shared, DK=dk, DV=dv, **strides("dk", dk, "n"), **strides("dv", dv, "n"),
                     WITH_DK=with_dk, WITH_DV=with_dv, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
