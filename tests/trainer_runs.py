@@ -36,13 +36,11 @@ class Way:
     Attributes:
         collator: makes the collator.
         arguments: of TrainingArguments.
-        config: of the model.
         wrap: what the model becomes before it is trained, e.g. with adapters.
     """
 
     collator: Callable = padding
     arguments: dict = field(default_factory=dict)
-    config: dict = field(default_factory=dict)
     wrap: Callable = lambda model: model
 
 
@@ -59,12 +57,11 @@ WAYS = {
     "position_ids": Way(flattening),
     "offsets": Way(flattening_with_offsets),
     "checkpointing": Way(arguments={"gradient_checkpointing": True}),
-    "checkpointing, reentrant, cache left on": Way(
-        flattening,
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
-        {"use_cache": True},
+    "checkpointing, reentrant, packed": Way(
+        flattening, {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     ),
-    "cache left on": Way(config={"use_cache": True}),
+    "checkpointing, cache left on": Way(arguments={"gradient_checkpointing": True, "use_cache": True}),
+    "cache left on": Way(arguments={"use_cache": True}),
     "accumulation": Way(flattening, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
     "lora": Way(wrap=with_lora),
     "lora, packed, checkpointing": Way(flattening_with_offsets, {"gradient_checkpointing": True}, wrap=with_lora),
@@ -88,7 +85,7 @@ def losses(way: Way, attention: str, *, model_type: str = "llama", **arguments) 
 
     `arguments` are further ones of TrainingArguments, e.g. `use_cpu`.
     """
-    model = way.wrap(tiny_model(tiny_config(model_type, **way.config), attention).train())
+    model = way.wrap(tiny_model(tiny_config(model_type), attention).train())
     with tempfile.TemporaryDirectory() as folder:
         settings = dict(
             output_dir=folder, max_steps=STEPS, per_device_train_batch_size=ROWS_PER_STEP, learning_rate=3e-3,
