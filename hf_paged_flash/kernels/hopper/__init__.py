@@ -87,7 +87,7 @@ def tensor_strides(x: torch.Tensor) -> list[int]:
     return strides
 
 
-def _copyable(x: torch.Tensor) -> bool:
+def copyable(x: torch.Tensor) -> bool:
     """Whether the copy engine (TMA) can read x: a contiguous last dimension, 16-byte steps in the others."""
     x = x[None] if x.dim() == 3 else x
     steps = tensor_strides(x)
@@ -109,22 +109,35 @@ def supports(
     window_right: int = -1,
     softcap: float = 0.0,
     s_aux: torch.Tensor | None = None,
-    **_,
+    bias: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> bool:
-    """Whether `hopper.flash_forward` computes this call of `kernels.flash_forward`, where `unavailable` is None.
+    """Whether Hopper's kernels compute this call of `kernels.flash_forward`, where `unavailable` is None.
 
     bf16 and fp16, head_dim of K and V alike and in HEAD_DIMS, dense or packed on both sides; no window, softcap, sink,
-    page or limit to the used keys.
+    bias, dropout, page or limit to the used keys.
     """
-    plain = block_table is None and seqused_k is None and s_aux is None and softcap == 0.0 and window_left < 0
+    plain = all(x is None for x in (block_table, seqused_k, s_aux, bias, alibi_slopes)) and softcap == dropout_p == 0.0
     dense_or_packed = (cu_seqlens_q is None) == (cu_seqlens_k is None) and q.dim() == k.dim() == v.dim()
     return (
         plain
+        and window_left < 0
         and (causal or window_right < 0)
         and dense_or_packed
         and q.dtype == k.dtype == v.dtype
         and q.dtype in (torch.bfloat16, torch.float16)
         and q.shape[-1] == k.shape[-1] == v.shape[-1]
         and q.shape[-1] in HEAD_DIMS
-        and all(_copyable(x) for x in (q, k, v))
+        and all(copyable(x) for x in (q, k, v))
     )
+
+
+def supports_backward(
+    dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, deterministic: bool, **call
+) -> bool:
+    """Whether `hopper.flash_backward` computes this call of `kernels.flash_backward`, where `unavailable` is None.
+
+    What `supports` takes, but not `deterministic`: it sums dQ in no fixed order.
+    """
+    return not deterministic and dout.dtype == q.dtype and supports(q, k, v, **call)

@@ -138,23 +138,18 @@ def _reduce_dq(dq, tile):
     COLUMNS: gl.constexpr = D // (128 // M)
     m = gl.arange(0, M, gl.SliceLayout(1, LAYOUT))[:, None]
     d = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))[None, :]
-    warp = d // COLUMNS * (M // 16) + m // 16
-    lane = m % 8 * 4 + d % 8 // 2
-    offsets = ((d % COLUMNS // 8 * 8 + warp) * 32 + lane) * 16
+    lane = (d // COLUMNS * (M // 16) + m // 16) * 32 + m % 8 * 4 + d % 8 // 2
+    # the same for all of a thread's columns but for a constant each, which the instruction can hold
+    addresses = (tile + (lane * 16).to(gl.int64)) + (d % COLUMNS // 8 * 4096).to(gl.int64)
     gl.inline_asm_elementwise(
         """
-        {
-        .reg .b64 address;
-        cvt.u64.u32 address, $8;
-        add.u64 address, address, $4;
-        red.relaxed.gpu.global.add.v4.f32 [address], {$12, $13, $14, $15};
+        red.relaxed.gpu.global.add.v4.f32 [$4], {$8, $9, $10, $11};
         mov.u32 $0, 0;
         mov.u32 $1, 0;
         mov.u32 $2, 0;
         mov.u32 $3, 0;
-        }
         """,
-        "=r,=r,=r,=r,l,l,l,l,r,r,r,r,f,f,f,f", [tile, offsets, dq], dtype=gl.int32, is_pure=False, pack=4,
+        "=r,=r,=r,=r,l,l,l,l,f,f,f,f", [addresses, dq], dtype=gl.int32, is_pure=False, pack=4,
     )  # fmt: skip
 
 
@@ -205,8 +200,6 @@ def _step(
     if EXCHANGE:
         p_operand = p_s.index(zero)
         p_operand.store(p.to(DTYPE))
-    else:
-        p_operand = gl.convert_layout(p.to(DTYPE), OPERAND)
     delta = ld_s.index(2 * slot + 1).reshape([BLOCK_M]).load(QUERIES)
     dp = warpgroup_mma_wait(0, deps=(dp,))
     ds = (p * (dp - delta[None, :])).to(DTYPE)
@@ -216,6 +209,7 @@ def _step(
     if EXCHANGE:
         ds_operand = ds_shared
     else:
+        p_operand = gl.convert_layout(p.to(DTYPE), OPERAND)
         ds_operand = gl.convert_layout(ds, OPERAND)
     dv = warpgroup_mma(p_operand, do, dv, is_async=True)
     dq = gl.zeros([BLOCK_M, D], gl.float32, DQ_LAYOUT)

@@ -15,6 +15,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .. import configs
 from ..flash_forward import last_dim_contiguous
 from ..primitives import LOG2_E
+from . import copyable
 from .backward_kernel import flash_backward_hopper_kernel
 from .backward_rows import after_backward_kernel, before_backward_kernel, plan_keys
 from .flash_forward import _descriptor
@@ -64,7 +65,9 @@ def flash_backward(
     `PLANS`, for measurements.
     """
     packed = cu_seqlens_q is not None
-    dout, q, k, v, out = (last_dim_contiguous(x) for x in (dout, q, k, v, out))
+    q, k, v, out = (last_dim_contiguous(x) for x in (q, k, v, out))
+    if not copyable(dout):  # the gradient of a sum has no strides, say
+        dout = dout.clone(memory_format=torch.contiguous_format)
     num_heads, head_dim = q.shape[-2:]
     kv_heads = k.shape[-2]
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))

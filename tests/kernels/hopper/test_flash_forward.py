@@ -129,6 +129,9 @@ def test_takes_plain_attention():
         {"seqused_k": BOUNDS},
         {"block_table": BOUNDS[None]},
         {"cu_seqlens_q": BOUNDS},
+        {"bias": torch.zeros(1, 8, 64, 64)},
+        {"alibi_slopes": torch.zeros(1, 8)},
+        {"dropout_p": 0.1},
     ],
     ids=lambda feature: "-".join(feature),
 )
