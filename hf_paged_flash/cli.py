@@ -134,7 +134,7 @@ def _hopper_kernels(device) -> str:
     if problem:
         return f"Hopper's own kernels do not run: {problem}"
     head_dims = ", ".join(map(str, hopper.HEAD_DIMS))
-    return f"Hopper's own forward (Gluon) for dense and packed bf16 and fp16 of head_dim {head_dims}"
+    return f"Hopper's own kernels (Gluon): dense and packed bf16 and fp16 of head_dim {head_dims}"
 
 
 def _registered() -> str:

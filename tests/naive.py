@@ -29,12 +29,12 @@ def attention(
         visible &= key <= position + (0 if causal else window_right)
     if window_left >= 0:
         visible &= key >= position - window_left
-    scores = scores.masked_fill(~visible, -math.inf)
+    blind = ~visible.any(-1)
+    scores = scores.masked_fill(~visible & ~blind[:, None], -math.inf)  # all -inf would have no gradient
     if s_aux is not None:
         sink = s_aux.to(dtype)[:, None, None].expand(-1, seqlen_q, 1)
         scores = torch.cat([scores, sink], -1)
     scores = scores.to(torch.promote_types(dtype, torch.float32))
-    blind = ~visible.any(-1)
     probabilities = torch.softmax(scores, -1)[..., :seqlen_k].masked_fill(blind[:, None], 0.0)
     out = torch.matmul(probabilities.to(dtype), v)
     lse = torch.logsumexp(scores, -1).masked_fill(blind, -math.inf)

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import backward_configs, configs
+from . import backward_configs, configs, hopper
 from .backward_dkv import dkv_kernel
 from .backward_dq import dq_kernel
 from .bias_gradient import bias_gradient
@@ -102,10 +102,23 @@ def flash_backward(
     bias_needs_grad: bool = False,
     deterministic: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Launches the kernels; arguments and results as in `hf_paged_flash.ops.reference_backward.flash_backward`.
+    """Launches the kernels, Hopper's own where there is one for the call.
 
-    No sum's order depends on timing, so `deterministic` changes nothing.
+    Arguments and results as in `hf_paged_flash.ops.reference_backward.flash_backward`. No sum's order depends on
+    timing here; Hopper's kernel adds up dQ in any order and stays away from `deterministic` calls.
     """
+    if hopper.unavailable(q.device) is None and hopper.supports_backward(
+        dout, q, k, v, deterministic=deterministic, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+        seqused_k=seqused_k, causal=causal, window_left=window_left, window_right=window_right, softcap=softcap,
+        s_aux=s_aux, bias=bias, alibi_slopes=alibi_slopes, dropout_p=dropout_p,
+    ):  # fmt: skip
+        from .hopper.flash_backward import flash_backward as hopper_flash_backward
+
+        gradients = hopper_flash_backward(
+            dout, dlse, q, k, v, out, lse, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+            max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, softmax_scale=softmax_scale, causal=causal,
+        )  # fmt: skip
+        return *gradients, None, None
     packed = cu_seqlens_q is not None
     packed_k = k.dim() == 3
     num_heads, head_dim = q.shape[-2:]

@@ -43,7 +43,8 @@ def _software_problem() -> str | None:
     if problem:
         return problem
     try:
-        importlib.import_module(f"{__name__}.flash_forward")
+        for name in ("flash_forward", "flash_backward"):
+            importlib.import_module(f"{__name__}.{name}")
     except Exception as error:  # whatever an interface without promises raises, the portable kernels remain
         return f"Gluon of Triton {triton.__version__}: {type(error).__name__}: {error}"
     return None
@@ -112,11 +113,14 @@ def supports(
     bias: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
     dropout_p: float = 0.0,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
+    softmax_scale: float = 1.0,
 ) -> bool:
     """Whether Hopper's kernels compute this call of `kernels.flash_forward`, where `unavailable` is None.
 
     bf16 and fp16, head_dim of K and V alike and in HEAD_DIMS, dense or packed on both sides; no window, softcap, sink,
-    bias, dropout, page or limit to the used keys.
+    bias, dropout, page or limit to the used keys; any length and scale.
     """
     plain = all(x is None for x in (block_table, seqused_k, s_aux, bias, alibi_slopes)) and softcap == dropout_p == 0.0
     dense_or_packed = (cu_seqlens_q is None) == (cu_seqlens_k is None) and q.dim() == k.dim() == v.dim()

@@ -118,8 +118,7 @@ def after_backward_kernel(
 def _list_keys_kernel(
     cu_seqlens_q, cu_seqlens_k, items, batch, ROWS: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Lists each row's tiles of ROWS keys, one program a row: (row, tile, queries that see it); items[0] is their number.
-    """
+    """Lists the tiles of ROWS keys, one program a row: (row, tile, queries that see it); items[0] is their number."""
     row = tl.program_id(0)
     before = 0
     for other in range(0, row, BLOCK):
