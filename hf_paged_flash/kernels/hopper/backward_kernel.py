@@ -33,10 +33,13 @@ def _locate(
     item = gl.program_id(0)
     head_k = item % section_heads
     rest = item // section_heads
+    item = rest % tiles_n
+    rest = rest // tiles_n
+    head_k += rest % sections * section_heads
     if PACKED:
-        there = rest < gl.load(work)
-        row = gl.load(work + 1 + 2 * rest, mask=there, other=0)
-        tile_n = gl.load(work + 2 + 2 * rest, mask=there, other=0)
+        there = item < gl.load(work)
+        row = gl.load(work + 1 + 2 * item, mask=there, other=0)
+        tile_n = gl.load(work + 2 + 2 * item, mask=there, other=0)
         first_q = gl.load(cu_seqlens_q + row)
         first_k = gl.load(cu_seqlens_k + row)
         seqlen_q = gl.where(there, gl.load(cu_seqlens_q + row + 1) - first_q, 0)
@@ -44,9 +47,7 @@ def _locate(
         padded = (first_q + row * BLOCK_M) // BLOCK_M
         row = 0
     else:
-        tile_n = rest % tiles_n
-        rest = rest // tiles_n
-        head_k += rest % sections * section_heads
+        tile_n = item
         row = rest // sections
         first_q = 0
         first_k = 0
@@ -338,8 +339,8 @@ def flash_backward_hopper_kernel(
 
     Q, K, V, DO are TMA descriptors of (B, S, H, D), packed rows as B = 1; LseDelta fp32 (tiles * 2, BLOCK_M), of each
     tile of padded query rows lse in log2 units, then D; DQ fp32, the sum without softmax_scale, see `_reduce_dq`.
-    DK, DV (B, Sk, Hkv, D) or (Tk, Hkv, D). work int32, for packed rows `plan_keys`' list. A section is the heads whose
-    blocks follow each other and share Q, dO and dQ in L2.
+    DK, DV (B, Sk, Hkv, D) or (Tk, Hkv, D). work int32, for packed rows `plan_keys`' list of up to tiles_n items. A
+    section is the heads whose blocks follow each other and share Q, dO and dQ in L2.
     """
     DTYPE: gl.constexpr = Q.dtype
     q_s = gl.allocate_shared_memory(DTYPE, [STAGES, 1, BLOCK_M, 1, HEAD_DIM], Q.layout)

@@ -1,4 +1,4 @@
-"""What lies around the Hopper backward: D and lse in tiles before it, the scaled dQ after it, its work for packed rows.
+"""What lies around the Hopper backward: D and lse in tiles before it, the scaled dQ after it, packed rows as a list.
 
 Query rows are padded to tiles of BLOCK_M: head h of row b begins at tile (b * Hq + h) * tiles_m; packed, row b of
 head h at tile h * tiles_m + (cu_seqlens_q[b] + b * BLOCK_M) // BLOCK_M, which leaves room for each row's last tile.

@@ -106,15 +106,13 @@ def flash_backward(
             stride_lse_b=0 if packed else lse.stride(0), stride_lse_h=lse.stride(-2),
             **strides("o", out, "m"), **strides("do", dout, "m"), **rows,
         )  # fmt: skip
-        work = None
-        tiles_n = triton.cdiv(max_seqlen_k, plan.block_n)
-        items = tiles_n * batch
+        work, tiles_n = None, triton.cdiv(max_seqlen_k, plan.block_n)
         if packed:
             work = plan_keys(cu_seqlens_q, cu_seqlens_k, k.shape[0], rows=plan.block_n, causal=causal)
-            items = k.shape[0] // plan.block_n + batch
+            tiles_n = k.shape[0] // plan.block_n + batch
         # a query row moves Q and dO (2 bytes) and the sum of dQ (4 bytes) of each head of the group
         group_bytes = max_seqlen_q * (num_heads // kv_heads) * 8 * head_dim
-        flash_backward_hopper_kernel[(items * kv_heads,)](
+        flash_backward_hopper_kernel[(tiles_n * kv_heads * (1 if packed else batch),)](
             Q=_descriptor(q, plan.block_m),
             K=_descriptor(k, plan.block_n),
             V=_descriptor(v, plan.block_n),
@@ -130,7 +128,7 @@ def flash_backward(
             **strides("dv", dv, "n"),
             kv_heads=kv_heads,
             group=num_heads // kv_heads,
-            num_sections=1 if packed else configs.head_sections(kv_heads, group_bytes, device),
+            num_sections=configs.head_sections(kv_heads, group_bytes, device),
             tiles_n=tiles_n,
             tiles_m=tiles_m,
             max_seqlen_q=max_seqlen_q,

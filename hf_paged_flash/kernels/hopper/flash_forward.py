@@ -91,7 +91,7 @@ def flash_forward(
     q, scale_log2, _ = score_scales(q, softmax_scale, 0.0)
     rows = plan.consumers * plan.block_m
     kv_bytes = max_seqlen_k * 2 * head_dim * k.element_size()
-    sections = 1 if packed else configs.head_sections(num_kv_heads, kv_bytes, device)
+    sections = configs.head_sections(num_kv_heads, kv_bytes, device)
     tiles_m = triton.cdiv(max_seqlen_q, rows)
     num_tiles = (q.shape[0] // rows + batch if packed else tiles_m * batch) * num_heads
     with torch.cuda.device_of(q):

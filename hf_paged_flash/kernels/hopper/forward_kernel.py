@@ -26,18 +26,19 @@ def _locate(tile, work, cu_seqlens_q, cu_seqlens_k, shape, ROWS: gl.constexpr, P
     section_heads = heads // sections
     head = tile % section_heads
     rest = tile // section_heads
+    tile = rest % tiles_m
+    rest = rest // tiles_m
+    head += rest % sections * section_heads
     if PACKED:
-        row = gl.load(work + 2 + 2 * rest)
-        tile_m = gl.load(work + 3 + 2 * rest)
+        row = gl.load(work + 2 + 2 * tile)
+        tile_m = gl.load(work + 3 + 2 * tile)
         first_q = gl.load(cu_seqlens_q + row)
         first_k = gl.load(cu_seqlens_k + row)
         seqlen_q = gl.load(cu_seqlens_q + row + 1) - first_q
         seqlen_k = gl.load(cu_seqlens_k + row + 1) - first_k
         row = 0
     else:
-        tile_m = tiles_m - 1 - rest % tiles_m
-        rest = rest // tiles_m
-        head += rest % sections * section_heads
+        tile_m = tiles_m - 1 - tile
         row = rest // sections
         first_q = 0
         first_k = 0
@@ -464,7 +465,8 @@ def flash_forward_hopper_kernel(
     if PING_PONG:
         mbarrier.arrive(bars[6].index(0), count=1)
     if PACKED:
-        num_tiles = gl.load(work + 1) * num_heads
+        tiles_m = gl.load(work + 1)
+        num_tiles = tiles_m * num_heads
     shape = (num_heads, group, num_sections, tiles_m, max_seqlen_q, max_seqlen_k)
     strides = (stride_o_b, stride_o_m, stride_o_h, stride_lse_b, stride_lse_h)
     produced = (Q, K, V, cu_seqlens_q, cu_seqlens_k, work, shape, num_tiles, q_s, k_s, v_s, tile_s, bars)
