@@ -229,6 +229,85 @@ def _step(
 
 
 @gluon.jit
+def _probabilities(s, lse, limit, scale_log2, MASKED: gl.constexpr):
+    """P^T (N, M) of scores s = K Q^T; lse (M,) in shared memory, in log2 units. Key n sees queries from `limit` (N,) on."""
+    QUERIES: gl.constexpr = gl.SliceLayout(0, s.type.layout)
+    M: gl.constexpr = s.shape[1]
+    p = gl.exp2(s * scale_log2 - lse.load(QUERIES)[None, :])
+    if MASKED:
+        p = gl.where(gl.arange(0, M, QUERIES)[None, :] < limit[:, None], 0.0, p)
+    return p
+
+
+@gluon.jit
+def _step_in_halves(
+    tensors, bars, dq_tile, dk, dv, r, limit, rest, scale_log2, MASKED: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    """`_step` with the tile's queries in two halves: the products of one run under the softmax of the other."""
+    q_s, do_s, ld_s, k_s, v_s, p_s, ds_s = tensors
+    kv_full, q_full, do_full, empty = bars
+    DTYPE: gl.constexpr = q_s.dtype
+    HALF: gl.constexpr = BLOCK_M // 2
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, HALF, 16])
+    DQ_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, D, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, dv.type.layout, 2)
+    QUERIES: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
+    zero = r >> 30
+    slot = r % STAGES
+    phase = (r // STAGES) & 1
+    q = q_s.index(slot).reshape([BLOCK_M, D])
+    do = do_s.index(slot).reshape([BLOCK_M, D])
+    k = k_s.index(zero).reshape([BLOCK_N, D])
+    v = v_s.index(zero).reshape([BLOCK_N, D])
+    lse = ld_s.index(2 * slot).reshape([BLOCK_M])
+    delta = ld_s.index(2 * slot + 1).reshape([BLOCK_M])
+    ds_shared = ds_s.index(zero)
+    mbarrier.wait(q_full.index(slot), phase)
+    if PACKED:
+        if rest < BLOCK_M:
+            mbarrier.wait(do_full.index(slot), phase)
+            _zero_tail(q, rest, BLOCK_M, D)
+            _zero_tail(do, rest, BLOCK_M, D)
+    zeros = gl.zeros([BLOCK_N, HALF], gl.float32, S_LAYOUT)
+    q_0 = q.slice(0, HALF, 0)
+    q_1 = q.slice(HALF, HALF, 0)
+    do_0 = do.slice(0, HALF, 0)
+    do_1 = do.slice(HALF, HALF, 0)
+    s_0 = warpgroup_mma(k, q_0.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    mbarrier.wait(do_full.index(slot), phase)
+    dp_0 = warpgroup_mma(v, do_0.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    s_1 = warpgroup_mma(k, q_1.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    dp_1 = warpgroup_mma(v, do_1.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    s_0 = warpgroup_mma_wait(3, deps=(s_0,))
+    p_0 = _probabilities(s_0, lse.slice(0, HALF, 0), limit, scale_log2, MASKED)
+    dp_0 = warpgroup_mma_wait(2, deps=(dp_0,))
+    ds_0 = (p_0 * (dp_0 - delta.slice(0, HALF, 0).load(QUERIES)[None, :])).to(DTYPE)
+    ds_shared.slice(0, HALF, 1).store(ds_0)
+    p_0 = gl.convert_layout(p_0.to(DTYPE), OPERAND)
+    ds_0 = gl.convert_layout(ds_0, OPERAND)
+    dv = warpgroup_mma(p_0, do_0, dv, is_async=True)
+    dk = warpgroup_mma(ds_0, q_0, dk, is_async=True)
+    s_1 = warpgroup_mma_wait(3, deps=(s_1,))
+    p_1 = _probabilities(s_1, lse.slice(HALF, HALF, 0), limit - HALF, scale_log2, MASKED)
+    dp_1 = warpgroup_mma_wait(2, deps=(dp_1,))
+    ds_1 = (p_1 * (dp_1 - delta.slice(HALF, HALF, 0).load(QUERIES)[None, :])).to(DTYPE)
+    ds_shared.slice(HALF, HALF, 1).store(ds_1)
+    fence_async_shared()
+    p_1 = gl.convert_layout(p_1.to(DTYPE), OPERAND)
+    ds_1 = gl.convert_layout(ds_1, OPERAND)
+    dv = warpgroup_mma(p_1, do_1, dv, is_async=True)
+    dq = gl.zeros([BLOCK_M, D], gl.float32, DQ_LAYOUT)
+    dq = warpgroup_mma(ds_shared.permute((1, 0)), k, dq, use_acc=False, is_async=True)
+    dk = warpgroup_mma(ds_1, q_1, dk, is_async=True)
+    dq, dv, p_0, p_1, ds_0 = warpgroup_mma_wait(1, deps=(dq, dv, p_0, p_1, ds_0))
+    _reduce_dq(dq, dq_tile)
+    dk, ds_1 = warpgroup_mma_wait(0, deps=(dk, ds_1))
+    mbarrier.arrive(empty.index(slot), count=1)
+    return dk, dv
+
+
+@gluon.jit
 def _store(x, x_s, Out, stride_n, stride_h, first, head_k, rows, BLOCK_N: gl.constexpr, D: gl.constexpr):
     """x (BLOCK_N, D) to `rows` rows of Out from `first` on, through x_s."""
     WRITE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [8, 1], [1, 0])
@@ -253,9 +332,8 @@ def _consume(
     kv_full = bars[0]
     stride_dk_b, stride_dk_n, stride_dk_h, stride_dv_b, stride_dv_n, stride_dv_h = strides
     S_WARPS: gl.constexpr = [4, 2] if BLOCK_N == 64 else [8, 1]
-    KEYS: gl.constexpr = gl.SliceLayout(
-        1, gl.NVMMADistributedLayout([3, 0], S_WARPS, [16, BLOCK_M // S_WARPS[1], 16])
-    )
+    STEP: gl.constexpr = _step_in_halves if BLOCK_M == 128 else _step
+    KEYS: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], S_WARPS, [16, 64 // S_WARPS[1], 16]))
     KV_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], S_WARPS, [16, D // S_WARPS[1], 16])
     row, head_k, start_n, first_q, seqlen_q, first_k, seqlen_k, padded = _locate(
         work, cu_seqlens_q, cu_seqlens_k, shape, BLOCK_M, BLOCK_N, PACKED
@@ -279,13 +357,13 @@ def _consume(
         head_tiles = (row * (shape[0] * group) + head_k * group + g) * shape[3] + padded
         dq_head = (DQ + head_tiles.to(gl.int64) * (BLOCK_M * D)).to(gl.int64, bitcast=True)
         for tile in range(first, masked):
-            dk, dv = _step(
+            dk, dv = STEP(
                 tensors, bars, dq_head + tile.to(gl.int64) * (BLOCK_M * D * 4), dk, dv, r, limit - tile * BLOCK_M,
                 seqlen_q - tile * BLOCK_M, scale_log2, True, BLOCK_M, BLOCK_N, D, STAGES, PACKED,
             )  # fmt: skip
             r += 1
         for tile in range(masked, tiles):
-            dk, dv = _step(
+            dk, dv = STEP(
                 tensors, bars, dq_head + tile.to(gl.int64) * (BLOCK_M * D * 4), dk, dv, r, limit,
                 seqlen_q - tile * BLOCK_M, scale_log2, False, BLOCK_M, BLOCK_N, D, STAGES, PACKED,
             )  # fmt: skip

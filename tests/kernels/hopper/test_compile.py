@@ -1,4 +1,4 @@
-"""Hopper's forward compiles for sm_90 without a GPU: no spills in its loops, no product that waits for another.
+"""Hopper's kernels compile for sm_90 without a GPU: no spills in its loops, no product that waits for another.
 
 Compiled in a process of its own, as Triton's interpreter may be on in this one.
 """
@@ -51,6 +51,7 @@ def launch(case) -> None:
     import torch
 
     from hf_paged_flash.kernels import hopper
+    from hf_paged_flash.kernels.hopper.flash_backward import flash_backward
     from hf_paged_flash.kernels.hopper.flash_forward import flash_forward
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[case.dtype]
@@ -59,8 +60,14 @@ def launch(case) -> None:
     k, v = (torch.empty(*batch, 4096, 8, case.head_dim, dtype=dtype, device="meta") for _ in "kv")
     bounds = torch.empty(3, dtype=torch.int32, device="meta") if case.packed else None
     arguments = {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "causal": case.causal}
-    assert hopper.supports(q, k, v, **arguments)
-    flash_forward(q, k, v, max_seqlen_q=4096, max_seqlen_k=4096, softmax_scale=0.1, **arguments)
+    arguments |= {"max_seqlen_q": 4096, "max_seqlen_k": 4096, "softmax_scale": 0.1}
+    if case.op == "flash_forward":
+        assert hopper.supports(q, k, v, **arguments)
+        flash_forward(q, k, v, **arguments)
+    else:
+        assert hopper.supports_backward(q, q, k, v, deterministic=False, **arguments)
+        lse = torch.empty(*batch, 32, 4096, device="meta")
+        flash_backward(q, lse, q, k, v, q, lse, **arguments)
 
 
 def work(cases) -> None:
@@ -70,7 +77,7 @@ def work(cases) -> None:
     compile_kernels._launch = launch
     compile_kernels._spills_in_loops = spills_in_key_loops
     for case in cases:
-        for record in compile_kernels.compile_case(compile_kernels.Case(90, "flash_forward", **case)):
+        for record in compile_kernels.compile_case(compile_kernels.Case(90, **case)):
             print(json.dumps(record), flush=True)
 
 
@@ -87,12 +94,16 @@ def environment() -> dict[str, str]:
 
 
 CASES = [
-    {"head_dim": 128, "dtype": "bf16", "causal": True},
-    {"head_dim": 64, "dtype": "bf16", "causal": True, "packed": True},
-    {"head_dim": 256, "dtype": "fp16", "causal": False},
+    {"op": "flash_forward", "head_dim": 128, "dtype": "bf16", "causal": True},
+    {"op": "flash_forward", "head_dim": 64, "dtype": "bf16", "causal": True, "packed": True},
+    {"op": "flash_forward", "head_dim": 256, "dtype": "fp16", "causal": False},
+    {"op": "flash_backward", "head_dim": 128, "dtype": "bf16", "causal": True},
+    {"op": "flash_backward", "head_dim": 64, "dtype": "bf16", "causal": True, "packed": True},
+    {"op": "flash_backward", "head_dim": 256, "dtype": "fp16", "causal": False},
 ]
 MORE = [
-    {"head_dim": head_dim, "dtype": "bf16", "causal": causal, "packed": packed}
+    {"op": op, "head_dim": head_dim, "dtype": "bf16", "causal": causal, "packed": packed}
+    for op in ("flash_forward", "flash_backward")
     for head_dim in (64, 128, 256)
     for causal in (True, False)
     for packed in (True, False)
@@ -102,7 +113,7 @@ MORE = [
 @pytest.mark.parametrize(
     "cases", [pytest.param(CASES, id="a few"), pytest.param(MORE, id="all", marks=pytest.mark.slow)]
 )
-def test_forward_fits_hopper(cases, tmp_path):
+def test_kernels_fit_hopper(cases, tmp_path):
     pytest.importorskip("triton")
     problem = software_problem()
     if problem:
@@ -114,12 +125,13 @@ def test_forward_fits_hopper(cases, tmp_path):
     assert not run.returncode, run.stderr[-3000:]
     records = [json.loads(line) for line in run.stdout.splitlines()]
     assert not [record["error"] for record in records if "error" in record]
-    forwards = [record for record in records if record["kernel"] == "flash_forward_hopper_kernel"]
-    assert len(forwards) == len(cases)
-    for record in forwards:
-        assert record["tensor_cores"] and not record["warnings"], record
+    attention = [record for record in records if record["kernel"].endswith("hopper_kernel")]
+    assert len(attention) == len(cases)
+    for record in records:
         assert record["loop_spills"] == 0 and record["spills"] <= 128, record
         assert record["shared"] <= 232448, record
+    for record in attention:
+        assert record["tensor_cores"] and not record["warnings"], record
 
 
 if __name__ == "__main__":
