@@ -185,7 +185,7 @@ def dkv_kernel(
         k_row, v_row, dk_row, dv_row = row * stride_k_b, row * stride_v_b, row * stride_dk_b, row * stride_dv_b
     seqlen_k = stored_k
     if HAS_SEQUSED:
-        seqlen_k = tl.maximum(tl.load(seqused_k + row), 0)
+        seqlen_k = tl.minimum(tl.maximum(tl.load(seqused_k + row), 0), seqlen_k)
     start_n = tl.program_id(0) * BLOCK_N
     if start_n >= stored_k:
         return

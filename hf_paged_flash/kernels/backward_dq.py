@@ -172,7 +172,7 @@ def dq_kernel(
         seqlen_k = max_seqlen_k
         k_row, v_row = row * stride_k_b, row * stride_v_b
     if HAS_SEQUSED:
-        seqlen_k = tl.maximum(tl.load(seqused_k + row), 0)
+        seqlen_k = tl.minimum(tl.maximum(tl.load(seqused_k + row), 0), seqlen_k)
 
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)

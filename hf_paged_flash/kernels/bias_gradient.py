@@ -113,7 +113,7 @@ def _bias_gradient_kernel(
             seqlen_k = max_seqlen_k
             k_row, v_row = row * stride_k_b, row * stride_v_b
         if HAS_SEQUSED:
-            seqlen_k = tl.maximum(tl.load(seqused_k + row), 0)
+            seqlen_k = tl.minimum(tl.maximum(tl.load(seqused_k + row), 0), seqlen_k)
         visible = visible_keys(
             queries + seqlen_k - seqlen_q, keys, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT
         )

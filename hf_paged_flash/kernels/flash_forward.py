@@ -11,6 +11,7 @@ from .primitives import (
     LOG2_E,
     attention_scores,
     finish_softmax,
+    has_missing_block,
     load_tile,
     online_softmax_update,
     tile_blocks,
@@ -65,6 +66,7 @@ def _attend(
     K_DESCRIPTOR: tl.constexpr,
     V_DESCRIPTOR: tl.constexpr,
     MASKED: tl.constexpr,
+    HIDE_MISSING: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -81,13 +83,17 @@ def _attend(
     for start_n in range(first, last, BLOCK_N):
         rest = seqlen_k - start_n
         next_blocks = tile_blocks(block_table_row, start_n + BLOCK_N, offs_n, seqlen_k, BLOCK_N, PAGE_SIZE)
+        present = rest
+        if HIDE_MISSING:
+            present = tl.where(blocks >= 0, rest, 0)
+            blocks = tl.maximum(blocks, 0)
         if K_DESCRIPTOR:
             k = k_descriptor.load([descriptor_row, descriptor_n + start_n, head_k, 0]).reshape(BLOCK_N, BLOCK_D)
         else:
             k_pointers = tile_pointers(
                 k_base, blocks, start_n, offs_n, offs_d, stride_k_block, stride_k_n, BLOCK_N, PAGE_SIZE
             )
-            k = load_tile(k_pointers, offs_n, offs_d, rest, HEAD_DIM, BLOCK_D, MASKED)
+            k = load_tile(k_pointers, offs_n, offs_d, present, HEAD_DIM, BLOCK_D, MASKED)
         s = attention_scores(q, k, tanh_scale, HAS_SOFTCAP, PRECISION)
         queries, keys = (q_pos - (seqlen_k - seqlen_q))[:, None], (start_n + offs_n)[None, :]
         score_scale = scale_log2
@@ -99,6 +105,8 @@ def _attend(
             score_scale = 1.0
         if MASKED:
             mask = visible_keys(q_pos, start_n + offs_n, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT)
+            if HIDE_MISSING:
+                mask = mask & (offs_n < present)[None, :]
             s = tl.where(mask, s, float("-inf"))
         p, alpha, m_i, l_i = online_softmax_update(s, score_scale, m_i, l_i, MASKED or BIAS > 0)
         if HAS_DROPOUT:
@@ -110,7 +118,7 @@ def _attend(
             v_pointers = tile_pointers(
                 v_base, blocks, start_n, offs_n, offs_dv, stride_v_block, stride_v_n, BLOCK_N, PAGE_SIZE
             )
-            v = load_tile(v_pointers, offs_n, offs_dv, rest, V_HEAD_DIM, BLOCK_DV, MASKED)
+            v = load_tile(v_pointers, offs_n, offs_dv, present, V_HEAD_DIM, BLOCK_DV, MASKED)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
         blocks = next_blocks
     return acc, m_i, l_i
@@ -226,8 +234,11 @@ def _flash_forward_kernel(
         first_k = tl.cast(0, tl.int64)
         seqlen_k = max_seqlen_k
     if HAS_SEQUSED:
-        seqlen_k = tl.maximum(tl.load(seqused_k + row), 0)
+        used = tl.maximum(tl.load(seqused_k + row), 0)
+        seqlen_k = used if PAGE_SIZE > 0 else tl.minimum(used, seqlen_k)
     if PAGE_SIZE > 0:
+        # what lies behind a table is no block
+        seqlen_k = tl.minimum(seqlen_k, max_seqlen_k)
         k_row = head_k * stride_k_h
         v_row = head_k * stride_v_h
     elif PACKED_K:
@@ -240,6 +251,15 @@ def _flash_forward_kernel(
     if PAGE_SIZE > 0:
         block_table_row = block_table + row * stride_table
 
+    shift = seqlen_k - seqlen_q
+    last_m = tl.minimum(start_m + BLOCK_M, seqlen_q) - 1
+    begin, full_begin, full_end, end = visible_runs(
+        start_m + shift, last_m + shift, seqlen_k, window_left, window_right, BLOCK_N, HAS_LEFT, HAS_RIGHT
+    )
+    missing = False
+    if PAGE_SIZE > 0:
+        missing = has_missing_block(block_table_row, begin, end, PAGE_SIZE)
+
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
@@ -247,12 +267,6 @@ def _flash_forward_kernel(
     q_base = Q + q_row + head.to(tl.int64) * stride_q_h
     q_pointers = q_base + offs_m.to(tl.int64)[:, None] * stride_q_m + offs_d[None, :]
     q = tl.load(q_pointers, mask=row_mask[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
-
-    shift = seqlen_k - seqlen_q
-    last_m = tl.minimum(start_m + BLOCK_M, seqlen_q) - 1
-    begin, full_begin, full_end, end = visible_runs(
-        start_m + shift, last_m + shift, seqlen_k, window_left, window_right, BLOCK_N, HAS_LEFT, HAS_RIGHT
-    )
 
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -271,6 +285,20 @@ def _flash_forward_kernel(
     bias_base = Bias + row * stride_bias_b + head.to(tl.int64) * stride_bias_h if BIAS > 0 else Q
     alibi_slope = tl.load(alibi_slopes + row * stride_alibi_b + head) if HAS_ALIBI else 0.0
     seed = tl.load(dropout_seed) if HAS_DROPOUT else 0
+    if PAGE_SIZE > 0:
+        # rows with missing blocks are read in small pieces, so that the others need not look for them
+        PIECE: tl.constexpr = 16 if PAGE_SIZE % BLOCK_N == 0 and BLOCK_N > 32 else min(BLOCK_N, 32)
+        acc, m_i, l_i = _attend(
+            acc, m_i, l_i, q, k_base, v_base, KDescriptor, VDescriptor, descriptor_row, descriptor_n, head // GROUP,
+            block_table_row, begin, tl.where(missing, end, begin), q_pos, seqlen_k, window_left, window_right,
+            scale_log2, tanh_scale, stride_k_b, stride_k_n, stride_v_b, stride_v_n, seqlen_q, bias_base, stride_bias_m,
+            stride_bias_n, alibi_slope, seed, dropout_threshold, keep_scale, head, row32,
+            HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, PIECE,
+            PAGE_SIZE, False, False, True, True,
+            HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,
+        )  # fmt: skip
+        if missing:
+            begin, full_begin, full_end = end, end, end
     if HAS_LEFT:
         acc, m_i, l_i = _attend(
             acc, m_i, l_i, q, k_base, v_base, KDescriptor, VDescriptor, descriptor_row, descriptor_n, head // GROUP,
@@ -278,7 +306,7 @@ def _flash_forward_kernel(
             stride_k_b, stride_k_n, stride_v_b, stride_v_n, seqlen_q, bias_base, stride_bias_m, stride_bias_n,
             alibi_slope, seed, dropout_threshold, keep_scale, head, row32,
             HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
-            PAGE_SIZE, DESCRIPTORS, V_DESCRIPTOR_AT_END, True,
+            PAGE_SIZE, DESCRIPTORS, V_DESCRIPTOR_AT_END, True, False,
             HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
     acc, m_i, l_i = _attend(
@@ -287,7 +315,7 @@ def _flash_forward_kernel(
         stride_k_b, stride_k_n, stride_v_b, stride_v_n, seqlen_q, bias_base, stride_bias_m, stride_bias_n,
         alibi_slope, seed, dropout_threshold, keep_scale, head, row32,
         HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
-        PAGE_SIZE, DESCRIPTORS, DESCRIPTORS, False,
+        PAGE_SIZE, DESCRIPTORS, DESCRIPTORS, False, False,
         HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,
     )  # fmt: skip
     acc, m_i, l_i = _attend(
@@ -296,7 +324,7 @@ def _flash_forward_kernel(
         stride_k_b, stride_k_n, stride_v_b, stride_v_n, seqlen_q, bias_base, stride_bias_m, stride_bias_n,
         alibi_slope, seed, dropout_threshold, keep_scale, head, row32,
         HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
-        PAGE_SIZE, DESCRIPTORS, V_DESCRIPTOR_AT_END, True,
+        PAGE_SIZE, DESCRIPTORS, V_DESCRIPTOR_AT_END, True, False,
         HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,
     )  # fmt: skip
 
@@ -369,7 +397,8 @@ def flash_forward(
     """
     if hopper.unavailable(q.device) is None and hopper.supports(
         q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, block_table=block_table,
-        causal=causal, window_left=window_left, window_right=window_right, softcap=softcap, s_aux=s_aux,
+        causal=causal, window_left=window_left, window_right=window_right, softcap=softcap, s_aux=s_aux, bias=bias,
+        alibi_slopes=alibi_slopes, dropout_p=dropout_p,
     ):  # fmt: skip
         from .hopper.flash_forward import flash_forward as hopper_flash_forward
 
@@ -392,8 +421,10 @@ def flash_forward(
         out = q.new_empty(batch, max_seqlen_q, num_heads, v_head_dim)
         lse = q.new_empty(batch, num_heads, max_seqlen_q, dtype=torch.float32)
         lse_strides = (lse.stride(0), lse.stride(1))
-    if not (packed_k or block_table is not None):
-        max_seqlen_k = k.shape[1]
+    room = max_seqlen_k  # keys that a row has, or that its blocks can hold
+    if not packed_k:
+        room = k.shape[1] * (1 if block_table is None else block_table.shape[1])
+        max_seqlen_k = room if block_table is None else max_seqlen_k
     if out.numel() == 0:
         return out, lse
     if causal:
@@ -444,7 +475,7 @@ def flash_forward(
             stride_table=0 if block_table is None else block_table.stride(0),
             num_sections=sections,
             max_seqlen_q=max_seqlen_q,
-            max_seqlen_k=max_seqlen_k,
+            max_seqlen_k=room,
             scale_log2=scale_log2,
             tanh_scale=tanh_scale,
             window_left=window_left,

@@ -84,7 +84,9 @@ class Problem:
             bias = bias.double().requires_grad_()
         outs, lses = [], []
         for b, row_q, row_k in self.rows():
-            used = row_k if self.used is None else slice(row_k.start, row_k.start + max(0, self.used[b]))
+            used = row_k
+            if self.used is not None:
+                used = slice(row_k.start, min(row_k.stop, row_k.start + max(0, self.used[b])))
             out, lse = self._row(b, q[row_q], k[used], v[used], s_aux, bias)
             outs.append(out)
             lses.append(lse)

@@ -148,6 +148,15 @@ def test_unused_keys_get_zero_and_may_be_nan(backward, packed):
         assert not dk[unused].any() and not dv[unused].any()
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_more_used_keys_than_there_are_count_as_all(backward, forward, packed):
+    problem = Problem(((20, 45),) * 3, packed=packed, used=(46, 45, 5000), bias=(1, 1, "q", "k"))
+    out = problem.expected()[0]
+    actual, _ = forward(*map(problem.layout, (problem.q, problem.k, problem.v)), **problem.arguments())
+    torch.testing.assert_close(actual.reshape(out.shape).double(), out, rtol=1e-5, atol=1e-5)
+    check(backward, problem)
+
+
 def test_rows_that_see_no_key_give_zero_gradients(backward):
     problem = Problem(((50, 20),), causal=True, sinks=True, with_dlse=True)
     dq = check(backward, problem)[0]
