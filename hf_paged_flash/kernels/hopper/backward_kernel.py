@@ -155,6 +155,41 @@ def _reduce_dq(dq, tile):
 
 
 @gluon.jit
+def _await_tile(tensors, bars, r, rest, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
+                STAGES: gl.constexpr, PACKED: gl.constexpr):  # fmt: skip
+    """Ring entry r once its Q is there: q, do, k, v, their lse and D, room for dS, all in shared memory."""
+    q_s, do_s, ld_s, k_s, v_s, p_s, ds_s = tensors
+    kv_full, q_full, do_full, empty = bars
+    # 0, but not for the compiler, which would keep every operand's address in a register of its own
+    zero = r >> 30
+    slot = r % STAGES
+    phase = (r // STAGES) & 1
+    q = q_s.index(slot).reshape([BLOCK_M, D])
+    do = do_s.index(slot).reshape([BLOCK_M, D])
+    mbarrier.wait(q_full.index(slot), phase)
+    if PACKED:
+        if rest < BLOCK_M:
+            mbarrier.wait(do_full.index(slot), phase)
+            _zero_tail(q, rest, BLOCK_M, D)
+            _zero_tail(do, rest, BLOCK_M, D)
+    k = k_s.index(zero).reshape([BLOCK_N, D])
+    v = v_s.index(zero).reshape([BLOCK_N, D])
+    lse = ld_s.index(2 * slot).reshape([BLOCK_M])
+    delta = ld_s.index(2 * slot + 1).reshape([BLOCK_M])
+    return q, do, k, v, lse, delta, p_s.index(zero), ds_s.index(zero)
+
+
+@gluon.jit
+def _probabilities(s, lse, limit, scale_log2, MASKED: gl.constexpr):
+    """P^T (N, M) of scores s = K Q^T and lse (M,) in log2 units; key n sees the queries from `limit` (N,) on."""
+    p = gl.exp2(s * scale_log2 - lse[None, :])
+    if MASKED:
+        queries = gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))
+        p = gl.where(queries[None, :] < limit[:, None], 0.0, p)
+    return p
+
+
+@gluon.jit
 def _step(
     tensors, bars, dq_tile, dk, dv, r, limit, rest, scale_log2, MASKED: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr,
@@ -163,80 +198,51 @@ def _step(
 
     Key n sees the tile's queries from `limit` (N,) on. dq_tile: where `_reduce_dq` adds.
     """
-    q_s, do_s, ld_s, k_s, v_s, p_s, ds_s = tensors
-    kv_full, q_full, do_full, empty = bars
-    DTYPE: gl.constexpr = q_s.dtype
+    do_full, empty = bars[2:]
+    DTYPE: gl.constexpr = tensors[0].dtype
     # with keys for one warpgroup only, the two share a tile's queries, and exchange P and dS in shared memory
     EXCHANGE: gl.constexpr = BLOCK_N == 64
     S_WARPS: gl.constexpr = [4, 2] if EXCHANGE else [8, 1]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], S_WARPS, [16, BLOCK_M // S_WARPS[1], 16])
-    DQ_WARPS: gl.constexpr = [4, 2] if BLOCK_M == 64 else [8, 1]
-    DQ_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], DQ_WARPS, [16, D // DQ_WARPS[1], 16])
+    DQ_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, D // 2, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, dv.type.layout, 2)
     QUERIES: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
-    # 0, but not for the compiler, which would keep every operand's address in a register of its own
-    zero = r >> 30
-    slot = r % STAGES
-    phase = (r // STAGES) & 1
-    q = q_s.index(slot).reshape([BLOCK_M, D])
-    do = do_s.index(slot).reshape([BLOCK_M, D])
-    k = k_s.index(zero).reshape([BLOCK_N, D])
-    v = v_s.index(zero).reshape([BLOCK_N, D])
-    mbarrier.wait(q_full.index(slot), phase)
-    if PACKED:
-        if rest < BLOCK_M:
-            mbarrier.wait(do_full.index(slot), phase)
-            _zero_tail(q, rest, BLOCK_M, D)
-            _zero_tail(do, rest, BLOCK_M, D)
-    s = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, S_LAYOUT)
-    s = warpgroup_mma(k, q.permute((1, 0)), s, use_acc=False, is_async=True)
-    mbarrier.wait(do_full.index(slot), phase)
-    dp = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, S_LAYOUT)
-    dp = warpgroup_mma(v, do.permute((1, 0)), dp, use_acc=False, is_async=True)
-    lse = ld_s.index(2 * slot).reshape([BLOCK_M]).load(QUERIES)
+    q, do, k, v, lse, delta, p_shared, ds_shared = _await_tile(
+        tensors, bars, r, rest, BLOCK_M, BLOCK_N, D, STAGES, PACKED
+    )
+    zeros = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, S_LAYOUT)
+    s = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    mbarrier.wait(do_full.index(r % STAGES), (r // STAGES) & 1)
+    dp = warpgroup_mma(v, do.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    lse = lse.load(QUERIES)
     s = warpgroup_mma_wait(1, deps=(s,))
-    p = gl.exp2(s * scale_log2 - lse[None, :])
-    if MASKED:
-        p = gl.where(gl.arange(0, BLOCK_M, QUERIES)[None, :] < limit[:, None], 0.0, p)
+    p = _probabilities(s, lse, limit, scale_log2, MASKED)
     if EXCHANGE:
-        p_operand = p_s.index(zero)
-        p_operand.store(p.to(DTYPE))
-    delta = ld_s.index(2 * slot + 1).reshape([BLOCK_M]).load(QUERIES)
+        p_shared.store(p.to(DTYPE))
+    delta = delta.load(QUERIES)
     dp = warpgroup_mma_wait(0, deps=(dp,))
     ds = (p * (dp - delta[None, :])).to(DTYPE)
-    ds_shared = ds_s.index(zero)
     ds_shared.store(ds)
     fence_async_shared()
+    zeros = gl.zeros([BLOCK_M, D], gl.float32, DQ_LAYOUT)
     if EXCHANGE:
-        ds_operand = ds_shared
-    else:
-        p_operand = gl.convert_layout(p.to(DTYPE), OPERAND)
-        ds_operand = gl.convert_layout(ds, OPERAND)
-    dv = warpgroup_mma(p_operand, do, dv, is_async=True)
-    dq = gl.zeros([BLOCK_M, D], gl.float32, DQ_LAYOUT)
-    dq = warpgroup_mma(ds_shared.permute((1, 0)), k, dq, use_acc=False, is_async=True)
-    dk = warpgroup_mma(ds_operand, q, dk, is_async=True)
-    if EXCHANGE:
+        dv = warpgroup_mma(p_shared, do, dv, is_async=True)
+        dq = warpgroup_mma(ds_shared.permute((1, 0)), k, zeros, use_acc=False, is_async=True)
+        dk = warpgroup_mma(ds_shared, q, dk, is_async=True)
         dq, dv = warpgroup_mma_wait(1, deps=(dq, dv))
         _reduce_dq(dq, dq_tile)
         dk = warpgroup_mma_wait(0, deps=(dk,))
     else:
-        dq, dv, p_operand = warpgroup_mma_wait(1, deps=(dq, dv, p_operand))
+        p = gl.convert_layout(p.to(DTYPE), OPERAND)
+        ds = gl.convert_layout(ds, OPERAND)
+        dv = warpgroup_mma(p, do, dv, is_async=True)
+        dq = warpgroup_mma(ds_shared.permute((1, 0)), k, zeros, use_acc=False, is_async=True)
+        dk = warpgroup_mma(ds, q, dk, is_async=True)
+        dq, dv, p = warpgroup_mma_wait(1, deps=(dq, dv, p))
         _reduce_dq(dq, dq_tile)
-        dk, ds_operand = warpgroup_mma_wait(0, deps=(dk, ds_operand))
-    mbarrier.arrive(empty.index(slot), count=1)
+        dk, ds = warpgroup_mma_wait(0, deps=(dk, ds))
+    mbarrier.arrive(empty.index(r % STAGES), count=1)
     return dk, dv
-
-
-@gluon.jit
-def _probabilities(s, lse, limit, scale_log2, MASKED: gl.constexpr):
-    """P^T (N, M) of scores s = K Q^T; lse (M,) in shared memory, in log2 units. Key n sees queries from `limit` (N,) on."""
-    QUERIES: gl.constexpr = gl.SliceLayout(0, s.type.layout)
-    M: gl.constexpr = s.shape[1]
-    p = gl.exp2(s * scale_log2 - lse.load(QUERIES)[None, :])
-    if MASKED:
-        p = gl.where(gl.arange(0, M, QUERIES)[None, :] < limit[:, None], 0.0, p)
-    return p
 
 
 @gluon.jit
@@ -245,42 +251,28 @@ def _step_in_halves(
     BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """`_step` with the tile's queries in two halves: the products of one run under the softmax of the other."""
-    q_s, do_s, ld_s, k_s, v_s, p_s, ds_s = tensors
-    kv_full, q_full, do_full, empty = bars
-    DTYPE: gl.constexpr = q_s.dtype
+    do_full, empty = bars[2:]
+    DTYPE: gl.constexpr = tensors[0].dtype
     HALF: gl.constexpr = BLOCK_M // 2
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, HALF, 16])
     DQ_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, D, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, dv.type.layout, 2)
     QUERIES: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
-    zero = r >> 30
-    slot = r % STAGES
-    phase = (r // STAGES) & 1
-    q = q_s.index(slot).reshape([BLOCK_M, D])
-    do = do_s.index(slot).reshape([BLOCK_M, D])
-    k = k_s.index(zero).reshape([BLOCK_N, D])
-    v = v_s.index(zero).reshape([BLOCK_N, D])
-    lse = ld_s.index(2 * slot).reshape([BLOCK_M])
-    delta = ld_s.index(2 * slot + 1).reshape([BLOCK_M])
-    ds_shared = ds_s.index(zero)
-    mbarrier.wait(q_full.index(slot), phase)
-    if PACKED:
-        if rest < BLOCK_M:
-            mbarrier.wait(do_full.index(slot), phase)
-            _zero_tail(q, rest, BLOCK_M, D)
-            _zero_tail(do, rest, BLOCK_M, D)
+    q, do, k, v, lse, delta, p_shared, ds_shared = _await_tile(
+        tensors, bars, r, rest, BLOCK_M, BLOCK_N, D, STAGES, PACKED
+    )
     zeros = gl.zeros([BLOCK_N, HALF], gl.float32, S_LAYOUT)
     q_0 = q.slice(0, HALF, 0)
     q_1 = q.slice(HALF, HALF, 0)
     do_0 = do.slice(0, HALF, 0)
     do_1 = do.slice(HALF, HALF, 0)
     s_0 = warpgroup_mma(k, q_0.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    mbarrier.wait(do_full.index(slot), phase)
+    mbarrier.wait(do_full.index(r % STAGES), (r // STAGES) & 1)
     dp_0 = warpgroup_mma(v, do_0.permute((1, 0)), zeros, use_acc=False, is_async=True)
     s_1 = warpgroup_mma(k, q_1.permute((1, 0)), zeros, use_acc=False, is_async=True)
     dp_1 = warpgroup_mma(v, do_1.permute((1, 0)), zeros, use_acc=False, is_async=True)
     s_0 = warpgroup_mma_wait(3, deps=(s_0,))
-    p_0 = _probabilities(s_0, lse.slice(0, HALF, 0), limit, scale_log2, MASKED)
+    p_0 = _probabilities(s_0, lse.slice(0, HALF, 0).load(QUERIES), limit, scale_log2, MASKED)
     dp_0 = warpgroup_mma_wait(2, deps=(dp_0,))
     ds_0 = (p_0 * (dp_0 - delta.slice(0, HALF, 0).load(QUERIES)[None, :])).to(DTYPE)
     ds_shared.slice(0, HALF, 1).store(ds_0)
@@ -289,7 +281,7 @@ def _step_in_halves(
     dv = warpgroup_mma(p_0, do_0, dv, is_async=True)
     dk = warpgroup_mma(ds_0, q_0, dk, is_async=True)
     s_1 = warpgroup_mma_wait(3, deps=(s_1,))
-    p_1 = _probabilities(s_1, lse.slice(HALF, HALF, 0), limit - HALF, scale_log2, MASKED)
+    p_1 = _probabilities(s_1, lse.slice(HALF, HALF, 0).load(QUERIES), limit - HALF, scale_log2, MASKED)
     dp_1 = warpgroup_mma_wait(2, deps=(dp_1,))
     ds_1 = (p_1 * (dp_1 - delta.slice(HALF, HALF, 0).load(QUERIES)[None, :])).to(DTYPE)
     ds_shared.slice(HALF, HALF, 1).store(ds_1)
@@ -297,13 +289,13 @@ def _step_in_halves(
     p_1 = gl.convert_layout(p_1.to(DTYPE), OPERAND)
     ds_1 = gl.convert_layout(ds_1, OPERAND)
     dv = warpgroup_mma(p_1, do_1, dv, is_async=True)
-    dq = gl.zeros([BLOCK_M, D], gl.float32, DQ_LAYOUT)
-    dq = warpgroup_mma(ds_shared.permute((1, 0)), k, dq, use_acc=False, is_async=True)
+    zeros = gl.zeros([BLOCK_M, D], gl.float32, DQ_LAYOUT)
+    dq = warpgroup_mma(ds_shared.permute((1, 0)), k, zeros, use_acc=False, is_async=True)
     dk = warpgroup_mma(ds_1, q_1, dk, is_async=True)
     dq, dv, p_0, p_1, ds_0 = warpgroup_mma_wait(1, deps=(dq, dv, p_0, p_1, ds_0))
     _reduce_dq(dq, dq_tile)
     dk, ds_1 = warpgroup_mma_wait(0, deps=(dk, ds_1))
-    mbarrier.arrive(empty.index(slot), count=1)
+    mbarrier.arrive(empty.index(r % STAGES), count=1)
     return dk, dv
 
 
