@@ -19,15 +19,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.utils._pytree import tree_map_only
 from transformers import masking_utils
 
 from .cache.mask_handoff import announce_mask
 from .ops import library
 
-_COPIES = {
-    torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda, torch.Tensor.detach, torch.Tensor.clone,
-    torch.Tensor.contiguous, torch.Tensor.pin_memory,
-}  # fmt: skip
+_aten = torch.ops.aten
+_COPIES = {_aten._to_copy.default, _aten.detach.default, _aten.alias.default, _aten.clone.default}
 _NOTES = ("_paged_flash_window", "_paged_flash_masks_nothing", "_paged_flash_are_chunks")
 
 
@@ -78,20 +77,45 @@ def _pattern(mask_function: Callable) -> _Pattern:
 
 
 class _Annotated(torch.Tensor):
-    """A mask that keeps what is said of it when it is copied, to the device of a layer or by a checkpoint."""
+    """A mask that keeps what is said of it when it is copied, to the device of a layer or by a checkpoint.
+
+    A wrapper, as torch.compile takes no other subclass: layers may be compiled one by one, with the mask an input.
+    """
+
+    @staticmethod
+    def __new__(cls, mask: torch.Tensor, notes: dict):
+        return cls._make_wrapper_subclass(cls, mask.shape, strides=mask.stride(), dtype=mask.dtype, device=mask.device)
+
+    def __init__(self, mask: torch.Tensor, notes: dict):
+        self._mask = mask
+        for name, note in notes.items():
+            setattr(self, name, note)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._mask!r}, {_notes_of(self)})"
+
+    def __tensor_flatten__(self) -> tuple[list[str], dict]:
+        return ["_mask"], _notes_of(self)
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, torch.Tensor], notes: dict, outer_size, outer_stride) -> "_Annotated":
+        return _Annotated(inner["_mask"], notes)
 
     @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **(kwargs or {}))
-        if func in _COPIES and result is not args[0]:
-            return _annotated(result, **{name: getattr(args[0], name) for name in _NOTES if hasattr(args[0], name)})
-        return result
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        plain = tree_map_only(cls, lambda x: x._mask, (args, kwargs or {}))
+        result = func(*plain[0], **plain[1])
+        return cls(result, _notes_of(args[0])) if func in _COPIES else result
+
+
+def _notes_of(mask: torch.Tensor) -> dict:
+    return {name: getattr(mask, name) for name in _NOTES if hasattr(mask, name)}
 
 
 def _annotated(mask: torch.Tensor, **notes) -> torch.Tensor:
     if not torch.compiler.is_compiling():  # nothing copies it there
-        mask = mask.as_subclass(_Annotated)
+        plain = mask._mask if isinstance(mask, _Annotated) else mask
+        return _Annotated(plain, _notes_of(mask) | notes)
     for name, note in notes.items():
         setattr(mask, name, note)
     return mask

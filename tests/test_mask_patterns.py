@@ -201,6 +201,23 @@ def test_patterns_under_compile(model_type, kind):
     assert_equal((out, {name.removeprefix("_orig_mod."): x for name, x in gradients.items()}), expected)
 
 
+@pytest.mark.parametrize("model_type", ["mistral", "gemma3_text"])
+@pytest.mark.parametrize("kind", ["left", "packed"])
+def test_layers_compiled_one_by_one(model_type, kind):
+    """The mask is made by eager code and enters each layer's graph as an input, its window with it."""
+    torch._dynamo.reset()
+    inputs, mask = batch("left") if kind == "left" else (packed_rows(), torch.ones(2, 23, dtype=torch.bool))
+
+    def make(attention):
+        model = causal(model_type)(attention)
+        if attention == "paged_flash":
+            for layer in model.model.layers:
+                layer.compile(fullgraph=True, backend="aot_eager")
+        return model
+
+    compare(make, inputs, lambda out: out.logits[mask])
+
+
 @pytest.mark.parametrize("use_vmap", [False, True])
 def test_mask_functions_become_the_matrix_that_transformers_builds(use_vmap):
     def prefix(batch_idx, head_idx, q_idx, kv_idx):
