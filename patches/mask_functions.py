@@ -20,10 +20,10 @@ _MAKERS = {
 }
 
 
-def _remember(name: str):
-    def make(original, *args):
-        function = original(*args)
-        function.made_of = (name, args)
+def _remember(name: str, parameters: tuple[str, ...]):
+    def make(original, *args, **named):
+        function = original(*args, **named)
+        function.made_of = (name, (*args, *(named[x] for x in parameters if x in named)))
         return function
 
     return make
@@ -34,7 +34,7 @@ MASK_FUNCTIONS = tuple(
         owner=lambda: masking_utils,
         name=name,
         parameters=parameters,
-        wrapper=_remember(name),
+        wrapper=_remember(name, parameters),
         reason="a mask function says what it masks, to eager code and to torch.compile",
         checked=("5.17.0", "5.23.0"),
     )

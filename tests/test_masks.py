@@ -118,6 +118,14 @@ class TestWhatIsHandedOver:
         handed = create_causal_mask(**arguments(config, None, and_mask_function=packed))
         assert handed.dtype == torch.int32 and torch.equal(handed, ids.int())
 
+    def test_makers_of_mask_functions_called_by_keyword(self, config):
+        ids = torch.arange(20).expand(3, -1) // 6
+        packed = masking_utils.packed_sequence_mask_function(packed_sequence_mask=ids)
+        window = masking_utils.sliding_window_overlay(sliding_window=4)
+        both = masking_utils.and_masks(packed, window)
+        handed = create_causal_mask(**arguments(config, None, and_mask_function=both))
+        assert torch.equal(handed, ids.int()) and window_of(handed) == (3, 0)
+
     def test_windows_of_packed_rows(self, config):
         position_ids = torch.cat([torch.arange(9), torch.arange(11)]).expand(3, -1)
         handed = create_sliding_window_causal_mask(**arguments(config, None, position_ids=position_ids))
