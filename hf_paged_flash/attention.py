@@ -12,7 +12,7 @@ from .backend import use_kernels
 from .cache import PagedTensor
 from .errors import PagedFlashError, UnsupportedFeatureError
 from .masks import are_chunks, masks_nothing, window_of
-from .ops.validation import MAX_BACKWARD_HEAD_DIM, NO_WIDE_BACKWARD
+from .ops.validation import MAX_BACKWARD_HEAD_DIM, NO_WIDE_BACKWARD, check_dropout
 
 # Arguments that change what attention computes and that no path here applies: {name: what it is}
 _REFUSED_ARGUMENTS = {
@@ -68,7 +68,7 @@ def paged_flash_attention_forward(
         key, value: (B, Hkv, Sk, D | Dv), or what `PagedCache.update()` returned.
         attention_mask: what `masks.paged_flash_mask` returned, or a mask of the user's own (B | 1, Hq | 1, Sq, Sk),
             bool (True = visible) or added to the scores. It says all: no causal mask or window is put on top.
-        dropout: share of the probabilities dropped while the module trains.
+        dropout: share of the probabilities dropped while the module trains, below 1.
         scaling: softmax scale; None = 1 / sqrt(D).
         sliding_window: keys a query sees, itself included, where `attention_mask` does not say it.
         softcap: scores become softcap * tanh(score / softcap).
@@ -86,7 +86,7 @@ def paged_flash_attention_forward(
 
     Raises:
         UnsupportedFeatureError: something asked for that would change the result and can't be honoured.
-        ArgumentError: a mask, a bias or offsets that do not fit the queries and keys.
+        ArgumentError: a mask, a bias or offsets that do not fit the queries and keys; a dropout that drops all.
         A PagedCache is then as it was before the forward.
     """
     _refuse(module, query, value, attention_mask, kwargs)
@@ -97,6 +97,8 @@ def paged_flash_attention_forward(
     causal = not is_matrix and bool(is_causal if is_causal is not None else getattr(module, "is_causal", True))
     window = -1 if sliding_window is None else sliding_window - 1
     window_left, window_right = (-1, -1) if is_matrix else window_of(attention_mask) or (window, window)
+    dropout = float(dropout) if module.training else 0.0
+    check_dropout("dropout", dropout)
     scoring = rows.Scoring(
         softmax_scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
         causal=causal,
@@ -104,7 +106,7 @@ def paged_flash_attention_forward(
         window_right=0 if causal else window_right,
         softcap=softcap or 0.0,
         s_aux=s_aux,
-        dropout_p=float(dropout) if module.training else 0.0,
+        dropout_p=dropout,
         deterministic=is_deterministic(deterministic),
     )
     dtype = _target_dtype(query, key, value)

@@ -396,6 +396,14 @@ class TestWhatIsRefused:
             paged_flash_attention_forward(layer, x, x, x, **{name: torch.zeros(1)})
         paged_flash_attention_forward(layer, x, x, x, **{name: None})
 
+    def test_dropout_of_everything(self, model):
+        query = torch.randn(1, 4, 5, 16)
+        attention = model.model.layers[0].self_attn
+        with pytest.raises(ArgumentError, match="`dropout` must be from 0 up to, but not including, 1, got 1.0"):
+            paged_flash_attention_forward(attention.train(), query, query, query, None, dropout=1.0)
+        out, _ = paged_flash_attention_forward(attention.eval(), query, query, query, None, dropout=1.0)
+        assert out.isfinite().all()
+
     def test_continuous_batching(self):
         x = torch.randn(1, 2, 4, 16)
         with pytest.raises(UnsupportedFeatureError, match="generate_batch"):

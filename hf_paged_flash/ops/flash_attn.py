@@ -71,7 +71,7 @@ def flash_attn_func(
         UnsupportedFeatureError: autograd records the call and has no way back: head_dim above 256 with the kernels,
             paged keys, slopes that require grad.
     """
-    check.check_dropout(dropout_p)
+    check.check_dropout("dropout_p", dropout_p)
     check.check_qkv(q, k, v, check.DENSE_Q, check.DENSE_K)
     check.check_batch("k", k, q.shape[0])
     check.check_backward(q, k, v, s_aux, None)
@@ -135,7 +135,7 @@ def flash_attn_varlen_func(
     Raises:
         ArgumentError, UnsupportedFeatureError: as `flash_attn_func`.
     """
-    check.check_dropout(dropout_p)
+    check.check_dropout("dropout_p", dropout_p)
     check.check_backward(q, k, v, s_aux, block_table)
     check.check_qkv(q, k, v, check.PACKED_Q, check.PACKED_K if block_table is None else check.PAGED_K)
     cu_seqlens_q = check.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q)

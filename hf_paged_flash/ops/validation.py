@@ -136,9 +136,9 @@ def check_options(q, window_size, softcap: float, s_aux) -> tuple[int, int]:
     return max(left, -1), max(right, -1)
 
 
-def check_dropout(dropout_p: float) -> None:
+def check_dropout(name: str, dropout_p: float) -> None:
     if not 0.0 <= dropout_p < 1.0:
-        fail("dropout_p", "be from 0 up to, but not including, 1", dropout_p)
+        fail(name, "be from 0 up to, but not including, 1", dropout_p)
 
 
 def check_alibi_slopes(alibi_slopes, q, batch: int) -> torch.Tensor | None:
