@@ -119,7 +119,7 @@ def _segment_offsets(segments):
 
     Returns:
         cu_seqlens int32 (B * S + 1,), which ends with empty rows, and packed_lengths int64 (2,) on the CPU: how many
-        rows are not empty, and the longest one's length. One device sync, for all layers of a forward.
+        rows are not empty, and the longest one's length. Waits for the device twice, once for all layers of a forward.
     """
     starts = torch.ones_like(segments, dtype=torch.bool)
     starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
