@@ -60,20 +60,16 @@ _FORWARD_HOPPER = {
     256: (Tile(128, 64, 8, 2),),
     512: (Tile(64, 16, 8, 2),),
 }
-_FORWARD_HOPPER_PAGED = {**_FORWARD_HOPPER, 256: (Tile(128, 32, 8, 2),), 512: (Tile(32, 32, 8, 1),)}
+_FORWARD_HOPPER_PAGED = {**_FORWARD_HOPPER, 512: (Tile(32, 32, 8, 1),)}
 # an address for every key costs a warp more than the overlap brings, so that many warps share it
-_FORWARD_HOPPER_SMALL_PAGES = {
-    **_FORWARD_HOPPER_PAGED,
-    128: (Tile(128, 128, 8, 2),),
-    256: (Tile(128, 64, 8, 2),),
-}
+_FORWARD_HOPPER_SMALL_PAGES = {**_FORWARD_HOPPER_PAGED, 128: (Tile(128, 128, 8, 2),)}
 _FORWARD_BLACKWELL = {
     64: (Tile(128, 128, 8, 2),),
     128: (Tile(128, 128, 8, 2),),
     256: (Tile(128, 32, 8, 2),),
     512: (Tile(64, 16, 8, 2),),
 }
-_FORWARD_BLACKWELL_PAGED = {**_FORWARD_BLACKWELL, 128: (Tile(128, 64, 8, 2),)}
+_FORWARD_BLACKWELL_PAGED = {**_FORWARD_BLACKWELL, 128: (Tile(128, 64, 8, 2),), 256: (Tile(64, 32, 8, 2),)}
 _FORWARD_AMPERE = {
     64: (Tile(128, 64, 4, 3),),
     128: (Tile(128, 32, 8, 3),),
@@ -88,6 +84,12 @@ _FORWARD_NO_TENSOR_CORES = {
     256: (Tile(32, 16, 8, 1),),
     512: (Tile(16, 16, 8, 1),),
 }
+# rows with missing blocks are read 16 keys at a time, and operands fill the registers once for each tile width
+_FORWARD_NO_TENSOR_CORES_PAGED = {
+    **_FORWARD_NO_TENSOR_CORES,
+    64: (Tile(64, 16, 8, 1),),
+    128: (Tile(32, 16, 8, 1),),
+}
 _FORWARD_INTERPRETER = {512: (Tile(32, 32, 4, 1),)}
 
 
@@ -100,7 +102,7 @@ def _forward_table(dtype: torch.dtype, capability: int, page_size: int) -> dict[
     if capability == 0:
         return _FORWARD_INTERPRETER
     if dtype == torch.float32 or capability < 80:
-        return _FORWARD_NO_TENSOR_CORES
+        return _FORWARD_NO_TENSOR_CORES_PAGED if page_size else _FORWARD_NO_TENSOR_CORES
     if capability < 90:
         return _FORWARD_AMPERE
     if capability < 100:

@@ -256,9 +256,13 @@ def _flash_forward_kernel(
     begin, full_begin, full_end, end = visible_runs(
         start_m + shift, last_m + shift, seqlen_k, window_left, window_right, BLOCK_N, HAS_LEFT, HAS_RIGHT
     )
+    # where the three runs stop: their starts stay multiples of BLOCK_N, which addresses are made from
+    stop_left, stop_full, stop = full_begin, full_end, end
     missing = False
     if PAGE_SIZE > 0:
         missing = has_missing_block(block_table_row, begin, end, PAGE_SIZE)
+        if missing:
+            stop_left, stop_full, stop = begin, full_begin, full_end
 
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
@@ -287,22 +291,19 @@ def _flash_forward_kernel(
     seed = tl.load(dropout_seed) if HAS_DROPOUT else 0
     if PAGE_SIZE > 0:
         # rows with missing blocks are read in small pieces, so that the others need not look for them
-        PIECE: tl.constexpr = 16 if PAGE_SIZE % BLOCK_N == 0 and BLOCK_N > 32 else min(BLOCK_N, 32)
         acc, m_i, l_i = _attend(
             acc, m_i, l_i, q, k_base, v_base, KDescriptor, VDescriptor, descriptor_row, descriptor_n, head // GROUP,
             block_table_row, begin, tl.where(missing, end, begin), q_pos, seqlen_k, window_left, window_right,
             scale_log2, tanh_scale, stride_k_b, stride_k_n, stride_v_b, stride_v_n, seqlen_q, bias_base, stride_bias_m,
             stride_bias_n, alibi_slope, seed, dropout_threshold, keep_scale, head, row32,
-            HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, PIECE,
+            HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, 16,
             PAGE_SIZE, False, False, True, True,
             HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
-        if missing:
-            begin, full_begin, full_end = end, end, end
     if HAS_LEFT:
         acc, m_i, l_i = _attend(
             acc, m_i, l_i, q, k_base, v_base, KDescriptor, VDescriptor, descriptor_row, descriptor_n, head // GROUP,
-            block_table_row, begin, full_begin, q_pos, seqlen_k, window_left, window_right, scale_log2, tanh_scale,
+            block_table_row, begin, stop_left, q_pos, seqlen_k, window_left, window_right, scale_log2, tanh_scale,
             stride_k_b, stride_k_n, stride_v_b, stride_v_n, seqlen_q, bias_base, stride_bias_m, stride_bias_n,
             alibi_slope, seed, dropout_threshold, keep_scale, head, row32,
             HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
@@ -311,7 +312,7 @@ def _flash_forward_kernel(
         )  # fmt: skip
     acc, m_i, l_i = _attend(
         acc, m_i, l_i, q, k_base, v_base, KDescriptor, VDescriptor, descriptor_row, descriptor_n, head // GROUP,
-        block_table_row, full_begin, full_end, q_pos, seqlen_k, window_left, window_right, scale_log2, tanh_scale,
+        block_table_row, full_begin, stop_full, q_pos, seqlen_k, window_left, window_right, scale_log2, tanh_scale,
         stride_k_b, stride_k_n, stride_v_b, stride_v_n, seqlen_q, bias_base, stride_bias_m, stride_bias_n,
         alibi_slope, seed, dropout_threshold, keep_scale, head, row32,
         HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
@@ -320,7 +321,7 @@ def _flash_forward_kernel(
     )  # fmt: skip
     acc, m_i, l_i = _attend(
         acc, m_i, l_i, q, k_base, v_base, KDescriptor, VDescriptor, descriptor_row, descriptor_n, head // GROUP,
-        block_table_row, full_end, end, q_pos, seqlen_k, window_left, window_right, scale_log2, tanh_scale,
+        block_table_row, full_end, stop, q_pos, seqlen_k, window_left, window_right, scale_log2, tanh_scale,
         stride_k_b, stride_k_n, stride_v_b, stride_v_n, seqlen_q, bias_base, stride_bias_m, stride_bias_n,
         alibi_slope, seed, dropout_threshold, keep_scale, head, row32,
         HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,

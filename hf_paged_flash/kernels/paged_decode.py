@@ -183,12 +183,13 @@ def _paged_decode_kernel(
         BLOCK_N, PAGE_SIZE, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PRECISION, False,
     )  # fmt: skip
     if PAGE_SIZE > 0:
-        # looking for missing blocks in every tile would slow down those who have none
+        # looking for missing blocks in every tile would slow down those who have none; small pieces take no registers
+        PIECE: tl.constexpr = BLOCK_N if PAGE_SIZE % BLOCK_N == 0 else 16
         if lowest < 0:
             acc, m_i, l_i, lowest = _attend_split(
                 q, k_base, v_base, block_table_row, begin, end, q_pos, seqlen_k, window_left, window_right, scale_log2,
                 tanh_scale, stride_k_b, stride_k_n, stride_v_b, stride_v_n, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV,
-                BLOCK_M, BLOCK_N, PAGE_SIZE, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PRECISION, True,
+                BLOCK_M, PIECE, PAGE_SIZE, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PRECISION, True,
             )  # fmt: skip
 
     HAS_FINAL_SINK: tl.constexpr = HAS_SINK and not SPLIT
