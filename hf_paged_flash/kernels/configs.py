@@ -60,16 +60,14 @@ _FORWARD_HOPPER = {
     256: (Tile(128, 64, 8, 2),),
     512: (Tile(64, 16, 8, 2),),
 }
-_FORWARD_HOPPER_PAGED = {**_FORWARD_HOPPER, 512: (Tile(32, 32, 8, 1),)}
 # an address for every key costs a warp more than the overlap brings, so that many warps share it
-_FORWARD_HOPPER_SMALL_PAGES = {**_FORWARD_HOPPER_PAGED, 128: (Tile(128, 128, 8, 2),)}
+_FORWARD_HOPPER_SMALL_PAGES = {**_FORWARD_HOPPER, 128: (Tile(128, 128, 8, 2),)}
 _FORWARD_BLACKWELL = {
     64: (Tile(128, 128, 8, 2),),
     128: (Tile(128, 128, 8, 2),),
     256: (Tile(128, 32, 8, 2),),
     512: (Tile(64, 16, 8, 2),),
 }
-_FORWARD_BLACKWELL_PAGED = {**_FORWARD_BLACKWELL, 128: (Tile(128, 64, 8, 2),), 256: (Tile(64, 32, 8, 2),)}
 _FORWARD_AMPERE = {
     64: (Tile(128, 64, 4, 3),),
     128: (Tile(128, 32, 8, 3),),
@@ -84,12 +82,6 @@ _FORWARD_NO_TENSOR_CORES = {
     256: (Tile(32, 16, 8, 1),),
     512: (Tile(16, 16, 8, 1),),
 }
-# rows with missing blocks are read 16 keys at a time, and operands fill the registers once for each tile width
-_FORWARD_NO_TENSOR_CORES_PAGED = {
-    **_FORWARD_NO_TENSOR_CORES,
-    64: (Tile(64, 16, 8, 1),),
-    128: (Tile(32, 16, 8, 1),),
-}
 _FORWARD_INTERPRETER = {512: (Tile(32, 32, 4, 1),)}
 
 
@@ -102,15 +94,12 @@ def _forward_table(dtype: torch.dtype, capability: int, page_size: int) -> dict[
     if capability == 0:
         return _FORWARD_INTERPRETER
     if dtype == torch.float32 or capability < 80:
-        return _FORWARD_NO_TENSOR_CORES_PAGED if page_size else _FORWARD_NO_TENSOR_CORES
+        return _FORWARD_NO_TENSOR_CORES
     if capability < 90:
         return _FORWARD_AMPERE
     if capability < 100:
-        paged = _FORWARD_HOPPER_SMALL_PAGES if page_size < 64 else _FORWARD_HOPPER_PAGED
-        return paged if page_size else _FORWARD_HOPPER
-    if capability < 120:
-        return _FORWARD_BLACKWELL_PAGED if page_size else _FORWARD_BLACKWELL
-    return _FORWARD_GEFORCE_BLACKWELL
+        return _FORWARD_HOPPER_SMALL_PAGES if 0 < page_size < 64 else _FORWARD_HOPPER
+    return _FORWARD_BLACKWELL if capability < 120 else _FORWARD_GEFORCE_BLACKWELL
 
 
 # biases and dropout take registers of their own
@@ -165,7 +154,7 @@ def decode_tile(block_d: int, block_dv: int, rows: int, dtype: torch.dtype, devi
     if dtype == torch.float32 or device.capability < 80:
         block_m = min(block_m, 32)
         block_m = block_m if widest <= 256 else 16
-        return Tile(block_m, 32, 4, 1) if widest <= 64 else Tile(block_m, 16, 4 if widest <= 128 else 8, 1)
+        return Tile(block_m, 32, 4, 1) if widest <= 64 else Tile(block_m, 16, 8, 1)
     block_n = 64 if widest <= 128 else 32 if widest <= 256 else 16
     num_warps = 8 if (block_m == 64 and widest > 128) or widest > 256 else 4
     for num_stages in (3, 2, 1):

@@ -11,7 +11,6 @@ from .primitives import (
     LOG2_E,
     attention_scores,
     finish_softmax,
-    has_missing_block,
     load_tile,
     online_softmax_update,
     tile_blocks,
@@ -66,7 +65,6 @@ def _attend(
     K_DESCRIPTOR: tl.constexpr,
     V_DESCRIPTOR: tl.constexpr,
     MASKED: tl.constexpr,
-    HIDE_MISSING: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -83,17 +81,13 @@ def _attend(
     for start_n in range(first, last, BLOCK_N):
         rest = seqlen_k - start_n
         next_blocks = tile_blocks(block_table_row, start_n + BLOCK_N, offs_n, seqlen_k, BLOCK_N, PAGE_SIZE)
-        present = rest
-        if HIDE_MISSING:
-            present = tl.where(blocks >= 0, rest, 0)
-            blocks = tl.maximum(blocks, 0)
         if K_DESCRIPTOR:
             k = k_descriptor.load([descriptor_row, descriptor_n + start_n, head_k, 0]).reshape(BLOCK_N, BLOCK_D)
         else:
             k_pointers = tile_pointers(
                 k_base, blocks, start_n, offs_n, offs_d, stride_k_block, stride_k_n, BLOCK_N, PAGE_SIZE
             )
-            k = load_tile(k_pointers, offs_n, offs_d, present, HEAD_DIM, BLOCK_D, MASKED)
+            k = load_tile(k_pointers, offs_n, offs_d, rest, HEAD_DIM, BLOCK_D, MASKED)
         s = attention_scores(q, k, tanh_scale, HAS_SOFTCAP, PRECISION)
         queries, keys = (q_pos - (seqlen_k - seqlen_q))[:, None], (start_n + offs_n)[None, :]
         score_scale = scale_log2
@@ -105,8 +99,6 @@ def _attend(
             score_scale = 1.0
         if MASKED:
             mask = visible_keys(q_pos, start_n + offs_n, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT)
-            if HIDE_MISSING:
-                mask = mask & (offs_n < present)[None, :]
             s = tl.where(mask, s, float("-inf"))
         p, alpha, m_i, l_i = online_softmax_update(s, score_scale, m_i, l_i, MASKED or BIAS > 0)
         if HAS_DROPOUT:
@@ -118,7 +110,7 @@ def _attend(
             v_pointers = tile_pointers(
                 v_base, blocks, start_n, offs_n, offs_dv, stride_v_block, stride_v_n, BLOCK_N, PAGE_SIZE
             )
-            v = load_tile(v_pointers, offs_n, offs_dv, present, V_HEAD_DIM, BLOCK_DV, MASKED)
+            v = load_tile(v_pointers, offs_n, offs_dv, rest, V_HEAD_DIM, BLOCK_DV, MASKED)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
         blocks = next_blocks
     return acc, m_i, l_i
@@ -251,19 +243,6 @@ def _flash_forward_kernel(
     if PAGE_SIZE > 0:
         block_table_row = block_table + row * stride_table
 
-    shift = seqlen_k - seqlen_q
-    last_m = tl.minimum(start_m + BLOCK_M, seqlen_q) - 1
-    begin, full_begin, full_end, end = visible_runs(
-        start_m + shift, last_m + shift, seqlen_k, window_left, window_right, BLOCK_N, HAS_LEFT, HAS_RIGHT
-    )
-    # where the three runs stop: their starts stay multiples of BLOCK_N, which addresses are made from
-    stop_left, stop_full, stop = full_begin, full_end, end
-    missing = False
-    if PAGE_SIZE > 0:
-        missing = has_missing_block(block_table_row, begin, end, PAGE_SIZE)
-        if missing:
-            stop_left, stop_full, stop = begin, full_begin, full_end
-
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
@@ -271,6 +250,12 @@ def _flash_forward_kernel(
     q_base = Q + q_row + head.to(tl.int64) * stride_q_h
     q_pointers = q_base + offs_m.to(tl.int64)[:, None] * stride_q_m + offs_d[None, :]
     q = tl.load(q_pointers, mask=row_mask[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
+
+    shift = seqlen_k - seqlen_q
+    last_m = tl.minimum(start_m + BLOCK_M, seqlen_q) - 1
+    begin, full_begin, full_end, end = visible_runs(
+        start_m + shift, last_m + shift, seqlen_k, window_left, window_right, BLOCK_N, HAS_LEFT, HAS_RIGHT
+    )
 
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -289,43 +274,32 @@ def _flash_forward_kernel(
     bias_base = Bias + row * stride_bias_b + head.to(tl.int64) * stride_bias_h if BIAS > 0 else Q
     alibi_slope = tl.load(alibi_slopes + row * stride_alibi_b + head) if HAS_ALIBI else 0.0
     seed = tl.load(dropout_seed) if HAS_DROPOUT else 0
-    if PAGE_SIZE > 0:
-        # rows with missing blocks are read in small pieces, so that the others need not look for them
-        acc, m_i, l_i = _attend(
-            acc, m_i, l_i, q, k_base, v_base, KDescriptor, VDescriptor, descriptor_row, descriptor_n, head // GROUP,
-            block_table_row, begin, tl.where(missing, end, begin), q_pos, seqlen_k, window_left, window_right,
-            scale_log2, tanh_scale, stride_k_b, stride_k_n, stride_v_b, stride_v_n, seqlen_q, bias_base, stride_bias_m,
-            stride_bias_n, alibi_slope, seed, dropout_threshold, keep_scale, head, row32,
-            HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, 16,
-            PAGE_SIZE, False, False, True, True,
-            HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,
-        )  # fmt: skip
     if HAS_LEFT:
         acc, m_i, l_i = _attend(
             acc, m_i, l_i, q, k_base, v_base, KDescriptor, VDescriptor, descriptor_row, descriptor_n, head // GROUP,
-            block_table_row, begin, stop_left, q_pos, seqlen_k, window_left, window_right, scale_log2, tanh_scale,
+            block_table_row, begin, full_begin, q_pos, seqlen_k, window_left, window_right, scale_log2, tanh_scale,
             stride_k_b, stride_k_n, stride_v_b, stride_v_n, seqlen_q, bias_base, stride_bias_m, stride_bias_n,
             alibi_slope, seed, dropout_threshold, keep_scale, head, row32,
             HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
-            PAGE_SIZE, DESCRIPTORS, V_DESCRIPTOR_AT_END, True, False,
+            PAGE_SIZE, DESCRIPTORS, V_DESCRIPTOR_AT_END, True,
             HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
     acc, m_i, l_i = _attend(
         acc, m_i, l_i, q, k_base, v_base, KDescriptor, VDescriptor, descriptor_row, descriptor_n, head // GROUP,
-        block_table_row, full_begin, stop_full, q_pos, seqlen_k, window_left, window_right, scale_log2, tanh_scale,
+        block_table_row, full_begin, full_end, q_pos, seqlen_k, window_left, window_right, scale_log2, tanh_scale,
         stride_k_b, stride_k_n, stride_v_b, stride_v_n, seqlen_q, bias_base, stride_bias_m, stride_bias_n,
         alibi_slope, seed, dropout_threshold, keep_scale, head, row32,
         HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
-        PAGE_SIZE, DESCRIPTORS, DESCRIPTORS, False, False,
+        PAGE_SIZE, DESCRIPTORS, DESCRIPTORS, False,
         HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,
     )  # fmt: skip
     acc, m_i, l_i = _attend(
         acc, m_i, l_i, q, k_base, v_base, KDescriptor, VDescriptor, descriptor_row, descriptor_n, head // GROUP,
-        block_table_row, full_end, stop, q_pos, seqlen_k, window_left, window_right, scale_log2, tanh_scale,
+        block_table_row, full_end, end, q_pos, seqlen_k, window_left, window_right, scale_log2, tanh_scale,
         stride_k_b, stride_k_n, stride_v_b, stride_v_n, seqlen_q, bias_base, stride_bias_m, stride_bias_n,
         alibi_slope, seed, dropout_threshold, keep_scale, head, row32,
         HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
-        PAGE_SIZE, DESCRIPTORS, V_DESCRIPTOR_AT_END, True, False,
+        PAGE_SIZE, DESCRIPTORS, V_DESCRIPTOR_AT_END, True,
         HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,
     )  # fmt: skip
 

@@ -18,77 +18,6 @@ from .primitives import (
 )
 
 
-@triton.jit
-def _attend_split(
-    q,
-    k_base,
-    v_base,
-    block_table_row,
-    begin,
-    end,
-    q_pos,
-    seqlen_k,
-    window_left,
-    window_right,
-    scale_log2,
-    tanh_scale,
-    stride_k_b,
-    stride_k_n,
-    stride_v_b,
-    stride_v_n,
-    HEAD_DIM: tl.constexpr,
-    V_HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    HIDE_MISSING: tl.constexpr,
-):
-    """acc (M, Dv), m and l (M,) over keys `begin .. end`, and the lowest block id, below 0 if one is missing.
-
-    Keys of missing blocks are hidden with HIDE_MISSING, else block 0 is read in their place.
-    """
-    offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l_i = tl.zeros([BLOCK_M], tl.float32)
-    blocks = tile_blocks(block_table_row, begin, offs_n, seqlen_k, BLOCK_N, PAGE_SIZE)
-    lowest = blocks
-    for start_n in range(begin, end, BLOCK_N):
-        rest = seqlen_k - start_n
-        next_blocks = tile_blocks(block_table_row, start_n + BLOCK_N, offs_n, seqlen_k, BLOCK_N, PAGE_SIZE)
-        present = rest
-        if PAGE_SIZE > 0:
-            lowest = tl.minimum(lowest, blocks)
-            if HIDE_MISSING:
-                present = tl.where(blocks >= 0, rest, 0)
-            blocks = tl.maximum(blocks, 0)
-        k_pointers = tile_pointers(k_base, blocks, start_n, offs_n, offs_d, stride_k_b, stride_k_n, BLOCK_N, PAGE_SIZE)
-        v_pointers = tile_pointers(
-            v_base, blocks, start_n, offs_n, offs_dv, stride_v_b, stride_v_n, BLOCK_N, PAGE_SIZE
-        )
-        k = load_tile(k_pointers, offs_n, offs_d, present, HEAD_DIM, BLOCK_D, True)
-        v = load_tile(v_pointers, offs_n, offs_dv, present, V_HEAD_DIM, BLOCK_DV, True)
-        s = attention_scores(q, k, tanh_scale, HAS_SOFTCAP, PRECISION)
-        mask = visible_keys(q_pos, start_n + offs_n, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT)
-        if HIDE_MISSING:
-            mask = mask & (offs_n < present)[None, :]
-        s = tl.where(mask, s, float("-inf"))
-        p, alpha, m_i, l_i = online_softmax_update(s, scale_log2, m_i, l_i, True)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
-        blocks = next_blocks
-    if PAGE_SIZE > 0 and PAGE_SIZE % BLOCK_N != 0:
-        lowest = tl.min(lowest)
-    return acc, m_i, l_i, lowest
-
-
 # lengths must not compile anew when they turn into multiples of 16
 @triton.jit(do_not_specialize=["stride_table", "max_seqlen_k", "window_left", "window_right"])
 def _paged_decode_kernel(
@@ -152,6 +81,7 @@ def _paged_decode_kernel(
     query = offs_m // GROUP
     head = head_k * GROUP + offs_m % GROUP
     row_mask = query < SEQLEN_Q
+    offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     q_pos = query + seqlen_k - SEQLEN_Q
@@ -177,20 +107,25 @@ def _paged_decode_kernel(
         v_base += row * stride_v_b
     q_pointers = Q + row * stride_q_b + query[:, None] * stride_q_m + head[:, None] * stride_q_h + offs_d[None, :]
     q = tl.load(q_pointers, mask=row_mask[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
-    acc, m_i, l_i, lowest = _attend_split(
-        q, k_base, v_base, block_table_row, begin, end, q_pos, seqlen_k, window_left, window_right, scale_log2,
-        tanh_scale, stride_k_b, stride_k_n, stride_v_b, stride_v_n, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_M,
-        BLOCK_N, PAGE_SIZE, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PRECISION, False,
-    )  # fmt: skip
-    if PAGE_SIZE > 0:
-        # looking for missing blocks in every tile would slow down those who have none; small pieces take no registers
-        PIECE: tl.constexpr = BLOCK_N if PAGE_SIZE % BLOCK_N == 0 else 16
-        if lowest < 0:
-            acc, m_i, l_i, lowest = _attend_split(
-                q, k_base, v_base, block_table_row, begin, end, q_pos, seqlen_k, window_left, window_right, scale_log2,
-                tanh_scale, stride_k_b, stride_k_n, stride_v_b, stride_v_n, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV,
-                BLOCK_M, PIECE, PAGE_SIZE, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PRECISION, True,
-            )  # fmt: skip
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    blocks = tile_blocks(block_table_row, begin, offs_n, seqlen_k, BLOCK_N, PAGE_SIZE)
+    for start_n in range(begin, end, BLOCK_N):
+        rest = seqlen_k - start_n
+        next_blocks = tile_blocks(block_table_row, start_n + BLOCK_N, offs_n, seqlen_k, BLOCK_N, PAGE_SIZE)
+        k_pointers = tile_pointers(k_base, blocks, start_n, offs_n, offs_d, stride_k_b, stride_k_n, BLOCK_N, PAGE_SIZE)
+        v_pointers = tile_pointers(
+            v_base, blocks, start_n, offs_n, offs_dv, stride_v_b, stride_v_n, BLOCK_N, PAGE_SIZE
+        )
+        k = load_tile(k_pointers, offs_n, offs_d, rest, HEAD_DIM, BLOCK_D, True)
+        v = load_tile(v_pointers, offs_n, offs_dv, rest, V_HEAD_DIM, BLOCK_DV, True)
+        s = attention_scores(q, k, tanh_scale, HAS_SOFTCAP, PRECISION)
+        mask = visible_keys(q_pos, start_n + offs_n, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT)
+        s = tl.where(mask, s, float("-inf"))
+        p, alpha, m_i, l_i = online_softmax_update(s, scale_log2, m_i, l_i, True)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+        blocks = next_blocks
 
     HAS_FINAL_SINK: tl.constexpr = HAS_SINK and not SPLIT
     sink = m_i

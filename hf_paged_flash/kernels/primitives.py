@@ -69,8 +69,7 @@ def tile_blocks(block_table_row, start_n, offs_n, seqlen_k, BLOCK_N: tl.constexp
     """Blocks of the keys `start_n ..`: one id where a tile lies within a block, else one a key (BLOCK_N,).
 
     Token t of a row lies in block `block_table_row[t // PAGE_SIZE]` at offset `t % PAGE_SIZE`; tokens past `seqlen_k`
-    have no block and read as 0, tokens of a missing block as -1. Load a tile's ids one iteration ahead, so that its
-    keys do not wait for them.
+    have no block and read as 0. Load a tile's ids one iteration ahead, so that its keys do not wait for them.
     """
     if PAGE_SIZE == 0:
         blocks = 0
@@ -110,22 +109,8 @@ def tile_pointers(
 
 
 @triton.jit
-def has_missing_block(block_table_row, begin, end, PAGE_SIZE: tl.constexpr):
-    """Whether one of the blocks of keys `begin .. end` is -1."""
-    offs = tl.arange(0, 128)
-    lowest = tl.zeros([128], tl.int32)
-    for first in range(begin // PAGE_SIZE, (end + PAGE_SIZE - 1) // PAGE_SIZE, 128):
-        blocks = tl.load(block_table_row + first + offs, mask=(first + offs) * PAGE_SIZE < end, other=0)
-        lowest = tl.minimum(lowest, blocks)
-    return tl.min(lowest) < 0
-
-
-@triton.jit
 def load_tile(pointers, offs_n, offs_d, limit_n, D: tl.constexpr, BLOCK_D: tl.constexpr, CHECK_N: tl.constexpr):
-    """A tile (N, BLOCK_D); rows from `limit_n` on (CHECK_N) and columns from D on read as 0.
-
-    `limit_n` may be one for each row (N,).
-    """
+    """A tile (N, BLOCK_D); rows from `limit_n` on (CHECK_N) and columns from D on read as 0."""
     if CHECK_N and D != BLOCK_D:
         tile = tl.load(pointers, mask=(offs_n < limit_n)[:, None] & (offs_d < D)[None, :], other=0.0)
     elif CHECK_N:

@@ -105,10 +105,9 @@ def forward(device: str) -> None:
 
 
 def _paged(block_size: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor, dict]:
-    """k_cache, v_cache in scattered blocks and their table, where one used block is missing."""
+    """k_cache, v_cache in scattered blocks and their table."""
     blocks = -(-200 // block_size)
     table = torch.randperm(3 * blocks).to(torch.int32).view(3, blocks)
-    table[1, 1] = -1
     pools = [_random(3 * blocks, block_size, 2, head_dim) for _ in range(2)]
     return *pools, {"block_table": table}
 

@@ -11,7 +11,6 @@ pytest.importorskip("triton")
 
 from hf_paged_flash.kernels import configs  # noqa: E402
 from hf_paged_flash.kernels.flash_forward import flash_forward  # noqa: E402
-from hf_paged_flash.ops import reference  # noqa: E402
 from tests.kernels.attention_problem import (  # noqa: E402
     EXTRAS,
     MASKS,
@@ -217,25 +216,6 @@ def test_a_length_beyond_the_keys_counts_as_the_keys(layout, device):
     out, _ = flash_forward(q, k, v, **options, **problem.scoring)
     expected, _ = run({**case, "layout": "varlen"}, problem)
     torch.testing.assert_close(out.reshape(-1, *out.shape[-2:]), torch.cat(expected), rtol=2e-3, atol=2e-3)
-
-
-@pytest.mark.parametrize("block_size", [16, 32, 64])
-@pytest.mark.parametrize("mask", ["causal", "full", "window"])
-@pytest.mark.parametrize("extras", ["plain", "sinks"])
-def test_keys_of_a_missing_block_are_invisible(block_size, mask, extras, device):
-    case = {**PLAIN, "mask": mask, "extras": extras}
-    problem = make_problem([(70, 150), (3, 150), (40, 64)], device=device, **case)
-    k_cache, v_cache, table = paged(problem, block_size)
-    k_cache[0] = v_cache[0] = math.nan  # where -1 would read
-    table = torch.where(table == 0, -1, table)
-    table[0, 1] = table[1, 0] = -1
-    q, bounds = packed(problem.q)
-    options = {"seqused_k": problem.lengths(problem.k), "block_table": table, "cu_seqlens_q": bounds}
-    options |= {"max_seqlen_q": 70, "max_seqlen_k": 150, **problem.scoring}
-    out, lse = flash_forward(q, k_cache, v_cache, **options)
-    expected_out, expected_lse = reference.flash_forward(q, k_cache, v_cache, **options)
-    torch.testing.assert_close(out, expected_out, rtol=2e-3, atol=2e-3)
-    torch.testing.assert_close(lse, expected_lse, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("empty", ["batch", "queries", "keys"])
