@@ -1,4 +1,4 @@
-"""Attention written out query by query, and K/V in the layouts that the operations take; for tests."""
+"""K/V in the layouts that the operations take, and one row's attention; for tests."""
 
 from __future__ import annotations
 
@@ -6,33 +6,7 @@ import math
 
 import torch
 
-
-def naive_row(q, k, v, *, softmax_scale, causal, window_left=-1, window_right=-1, softcap=0.0, s_aux=None):
-    """One sequence, query by query, in fp64: q (Sq, Hq, D), k (Sk, Hkv, D), v (Sk, Hkv, Dv)."""
-    q, k, v = q.double(), k.double(), v.double()
-    seqlen_q, heads, _ = q.shape
-    seqlen_k, kv_heads = k.shape[:2]
-    out = torch.zeros(seqlen_q, heads, v.shape[-1], dtype=torch.float64)
-    lse = torch.full((heads, seqlen_q), -math.inf, dtype=torch.float64)
-    for i in range(seqlen_q):
-        position = i + seqlen_k - seqlen_q
-        right = 0 if causal else window_right
-        visible = [
-            j
-            for j in range(seqlen_k)
-            if (right < 0 or j <= position + right) and (window_left < 0 or j >= position - window_left)
-        ]
-        if not visible:
-            continue
-        for h in range(heads):
-            kv_head = h // (heads // kv_heads)
-            scores = softmax_scale * (k[visible, kv_head] @ q[i, h])
-            if softcap > 0:
-                scores = softcap * torch.tanh(scores / softcap)
-            logits = scores if s_aux is None else torch.cat([scores, s_aux[h : h + 1].double()])
-            lse[h, i] = torch.logsumexp(logits, 0)
-            out[i, h] = torch.softmax(logits, 0)[: len(visible)] @ v[visible, kv_head]
-    return out, lse
+from tests.naive import attention as naive_row  # noqa: F401
 
 
 def paged(k, v, lengths, block_size, *, spare=3):
