@@ -31,6 +31,7 @@ UNITS = {
     "extra_gib": "GiB",
     "peak_gib": "GiB",
     "device_gib": "GiB",
+    "errors": "errors",
     "out_of_memory": "1 = yes",
     "reserved_gib": "GiB",
     "stored_gib": "GiB",

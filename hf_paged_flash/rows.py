@@ -169,7 +169,7 @@ def _attend(
     packed_lengths: torch.Tensor | None = None,
 ) -> torch.Tensor:
     # written out, for Dynamo does not trace `**vars(scoring)`
-    return library.flash_forward(
+    return library.flash_attention(
         query,
         key,
         value,

@@ -76,7 +76,7 @@ def flash_attn_func(
     check.check_batch("k", k, q.shape[0])
     check.check_backward(q, k, v, s_aux, None)
     window_left, window_right = check.check_options(q, window_size, softcap, s_aux)
-    out, lse = library.flash_forward(
+    out, lse = library.flash_attention(
         q,
         k,
         v,
@@ -149,7 +149,7 @@ def flash_attn_varlen_func(
     if seqused_k is not None:
         seqused_k = check.check_lengths("seqused_k", seqused_k, q, batch, "(batch,)")
     window_left, window_right = check.check_options(q, window_size, softcap, s_aux)
-    out, lse = library.flash_forward(
+    out, lse = library.flash_attention(
         q,
         k,
         v,
@@ -254,7 +254,7 @@ def flash_attn_with_kvcache(
             q, k_cache, v_cache, cache_seqlens=seqlens, block_table=block_table, num_splits=num_splits, **options
         )
     else:
-        out, lse = library.flash_forward(
+        out, lse = library.flash_attention(
             q, k_cache, v_cache, seqused_k=seqlens, block_table=block_table, max_seqlen_q=seqlen_q, max_seqlen_k=room,
             **options,
         )  # fmt: skip

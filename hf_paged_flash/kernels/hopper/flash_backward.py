@@ -18,7 +18,7 @@ from ..primitives import LOG2_E
 from . import copyable
 from .backward_kernel import flash_backward_hopper_kernel
 from .backward_rows import after_backward_kernel, before_backward_kernel, plan_keys
-from .flash_forward import _descriptor
+from .flash_forward import tile_descriptor, tile_layout
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,6 @@ class Plan:
 
 # measured on an H200
 PLANS = {64: Plan(128, 128, 2), 128: Plan(64, 128, 2), 256: Plan(64, 64, 2)}
-
-
-def _fp32_descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
-    """A TMA descriptor of x (N, D) fp32 for tiles of `rows` rows."""
-    block = [rows, x.shape[1]]
-    return TensorDescriptor(
-        x, list(x.shape), list(x.stride()), block, gl.NVMMASharedLayout.get_default_for(block, gl.float32)
-    )
 
 
 def flash_backward(
@@ -112,12 +104,15 @@ def flash_backward(
             tiles_n = k.shape[0] // plan.block_n + batch
         # a query row moves Q and dO (2 bytes) and the sum of dQ (4 bytes) of each head of the group
         group_bytes = max_seqlen_q * (num_heads // kv_heads) * 8 * head_dim
+        pair = (1, plan.block_m)  # a tile's lse, or its D
         flash_backward_hopper_kernel[(tiles_n * kv_heads * (1 if packed else batch),)](
-            Q=_descriptor(q, plan.block_m),
-            K=_descriptor(k, plan.block_n),
-            V=_descriptor(v, plan.block_n),
-            DO=_descriptor(dout, plan.block_m),
-            LseDelta=_fp32_descriptor(lse_delta, 1),
+            Q=tile_descriptor(q, plan.block_m),
+            K=tile_descriptor(k, plan.block_n),
+            V=tile_descriptor(v, plan.block_n),
+            DO=tile_descriptor(dout, plan.block_m),
+            LseDelta=TensorDescriptor(
+                lse_delta, list(lse_delta.shape), [pair[1], 1], list(pair), tile_layout(pair, gl.float32)
+            ),
             DQ=dq_sum,
             DK=dk,
             DV=dv,

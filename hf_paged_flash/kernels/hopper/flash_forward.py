@@ -6,6 +6,7 @@ Importing it imports Gluon: ask `hopper.unavailable` and `hopper.supports` first
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -45,12 +46,17 @@ PLANS = {
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
-def _descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
+@lru_cache
+def tile_layout(block: tuple[int, ...], dtype: gl.dtype) -> gl.NVMMASharedLayout:
+    """How a copied tile lies in shared memory."""
+    return gl.NVMMASharedLayout.get_default_for(list(block), dtype)
+
+
+def tile_descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
     """A TMA descriptor of (B, S, H, D), or packed (T, H, D), for tiles of one head's `rows`."""
     x = x[None] if x.dim() == 3 else x
-    block = [1, rows, 1, x.shape[3]]
-    layout = gl.NVMMASharedLayout.get_default_for(block, _DTYPES[x.dtype])
-    return TensorDescriptor(x, list(x.shape), tensor_strides(x), block, layout)
+    block = (1, rows, 1, x.shape[3])
+    return TensorDescriptor(x, list(x.shape), tensor_strides(x), list(block), tile_layout(block, _DTYPES[x.dtype]))
 
 
 def flash_forward(
@@ -100,9 +106,9 @@ def flash_forward(
         else:
             work = q.new_zeros(1, dtype=torch.int32)
         flash_forward_hopper_kernel[(min(num_tiles, device.num_sms),)](
-            Q=_descriptor(q, plan.block_m),
-            K=_descriptor(k, plan.block_n),
-            V=_descriptor(v, plan.block_n),
+            Q=tile_descriptor(q, plan.block_m),
+            K=tile_descriptor(k, plan.block_n),
+            V=tile_descriptor(v, plan.block_n),
             cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k,
             work=work,
