@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..ops.validation import MAX_ROWS
 from . import configs, hopper
 from .modifiers import add_biases, dropout_factors, modifier_arguments
 from .primitives import (
@@ -414,6 +415,8 @@ def flash_forward(
     q, scale_log2, tanh_scale = score_scales(q, softmax_scale, softcap)
     kv_bytes = max_seqlen_k * (head_dim + v_head_dim) * k.element_size()
     sections = configs.head_sections(num_kv_heads, kv_bytes, device)
+    if batch * sections > MAX_ROWS:
+        sections = 1
     grid = (num_heads // sections, triton.cdiv(max_seqlen_q, tile.block_m), batch * sections)
     k_descriptor = v_descriptor = None
     if block_table is None and configs.has_descriptors(q.dtype, device):

@@ -74,7 +74,8 @@ def _flash_forward(q, k, v, *tensors, deterministic=False, **arguments):
     if not use_kernels(q):
         count("reference", "flash_forward")
         return reference.flash_forward(q, k, v, **arguments)
-    check_kernel_limits(q, v, None if arguments.get("block_table") is None else k.shape[1])
+    block_size = None if arguments.get("block_table") is None else k.shape[1]
+    check_kernel_limits(q, v, block_size, arguments.get("cu_seqlens_q"))
     result = _launcher("flash_forward")(q, k, v, **arguments)
     count("kernel", "flash_forward")
     return result
@@ -86,7 +87,7 @@ def _flash_backward(dout, dlse, q, k, v, out, lse, *tensors, **arguments):
         count("reference", "flash_backward")
         run = reference_backward.flash_backward
     else:
-        check_kernel_limits(q, v, None, backward=True)
+        check_kernel_limits(q, v, None, arguments.get("cu_seqlens_q"), backward=True)
         count("kernel", "flash_backward")
         run = _launcher("flash_backward")
     gradients = run(dout, dlse, q, k, v, out, lse, **arguments)

@@ -15,6 +15,7 @@ from hf_paged_flash.errors import ArgumentError, BackendError, UnsupportedFeatur
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 KERNEL_BLOCK_SIZES = (16, 32, 64, 128, 256)
 MAX_HEAD_DIM = 512
+MAX_ROWS = 65535  # of a CUDA grid's second and third dimension
 MAX_BACKWARD_HEAD_DIM = 256
 
 
@@ -197,7 +198,7 @@ NO_WIDE_BACKWARD = (
 )
 
 
-def check_kernel_limits(q, v, block_size: int | None, backward: bool = False) -> None:
+def check_kernel_limits(q, v, block_size: int | None, cu_seqlens_q=None, backward: bool = False) -> None:
     """What the Triton kernels take beyond the public functions' checks; `block_size` None = the keys are not paged."""
     head_dim, v_head_dim = q.shape[-1], v.shape[-1]
     way_out = " on the Triton kernels; the backend 'reference' takes it"
@@ -212,5 +213,9 @@ def check_kernel_limits(q, v, block_size: int | None, backward: bool = False) ->
             fail(name, f"have a head_dim from 16 to {MAX_HEAD_DIM} in steps of 8{way_out}", size)
     if backward and max(head_dim, v_head_dim) > MAX_BACKWARD_HEAD_DIM:
         raise UnsupportedFeatureError(NO_WIDE_BACKWARD)
+    rows = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.numel() - 1
+    if rows > MAX_ROWS:
+        name = "q" if cu_seqlens_q is None else "cu_seqlens_q"
+        fail(name, f"have at most {MAX_ROWS} rows in one call{way_out}", rows)
     if block_size is not None and block_size not in KERNEL_BLOCK_SIZES:
         fail("block_size", f"be one of {KERNEL_BLOCK_SIZES}{way_out}", block_size)

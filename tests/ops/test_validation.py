@@ -8,6 +8,7 @@ import torch
 from hf_paged_flash import backend
 from hf_paged_flash.errors import ArgumentError, BackendError, UnsupportedFeatureError
 from hf_paged_flash.ops import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from hf_paged_flash.ops import validation as check
 
 
 def int32(*values):
@@ -166,3 +167,12 @@ def test_bfloat16_is_refused_in_the_interpreter(monkeypatch):
     backend.configure(backend="triton")
     with pytest.raises(BackendError, match="interpreter computes wrong results in bfloat16"):
         func(Q.bfloat16(), K.bfloat16(), K.bfloat16())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_more_rows_than_a_grid_has(packed):
+    q = torch.empty(65536, *(() if packed else (1,)), 1, 16, dtype=torch.float16)
+    bounds = torch.arange(65537, dtype=torch.int32) if packed else None
+    check.check_kernel_limits(q[1:], q[1:], None, None if bounds is None else bounds[1:])
+    with pytest.raises(ArgumentError, match="`cu_seqlens_q`" if packed else "`q`"):
+        check.check_kernel_limits(q, q, None, bounds)
