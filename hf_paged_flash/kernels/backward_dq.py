@@ -81,7 +81,8 @@ def _add_keys(
     return dq
 
 
-@triton.jit
+# a length that turns into a multiple of 16 must not compile anew
+@triton.jit(do_not_specialize=["max_seqlen_q", "max_seqlen_k", "window_left", "window_right"])
 def dq_kernel(
     Q,
     K,

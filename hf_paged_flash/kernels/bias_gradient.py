@@ -10,7 +10,8 @@ from .primitives import load_tile, padded_row, visible_keys
 BLOCK = 32
 
 
-@triton.jit
+# a length that turns into a multiple of 16 must not compile anew
+@triton.jit(do_not_specialize=["max_seqlen_q", "max_seqlen_k", "window_left", "window_right"])
 def _bias_gradient_kernel(
     Q,
     K,

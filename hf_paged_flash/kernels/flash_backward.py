@@ -13,7 +13,8 @@ from .modifiers import modifier_arguments
 from .primitives import LOG2_E, ROW_PAD, padded_row
 
 
-@triton.jit
+# a length that turns into a multiple of 16 must not compile anew
+@triton.jit(do_not_specialize=["stride_in_b", "stride_in_h", "max_seqlen_q"])
 def _delta_kernel(
     Out,
     DOut,
@@ -136,7 +137,7 @@ def flash_backward(
     for x in [dq] * packed + [dk, dv] * packed_k:
         x.zero_()
     pad = ROW_PAD.value
-    padded_rows = q.shape[0] + 2 * pad * batch if packed else triton.cdiv(max_seqlen_q, pad) * pad
+    padded_rows = triton.cdiv(q.shape[0] if packed else max_seqlen_q, pad) * pad + (2 * pad * batch if packed else 0)
     lse_log2 = lse.new_full((*lse.shape[:-1], padded_rows), float("inf"))
     delta = torch.zeros_like(lse_log2)
     if causal:

@@ -117,7 +117,7 @@ def _attend(
     return acc, m_i, l_i
 
 
-# lengths must not compile anew when they turn into multiples of 16
+# a length that turns into a multiple of 16 must not compile anew
 @triton.jit(
     do_not_specialize=[
         "stride_lse_b", "stride_lse_h", "stride_table", "num_sections", "max_seqlen_q", "max_seqlen_k", "window_left",

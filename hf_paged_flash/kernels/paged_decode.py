@@ -18,7 +18,7 @@ from .primitives import (
 )
 
 
-# lengths must not compile anew when they turn into multiples of 16
+# a length that turns into a multiple of 16 must not compile anew
 @triton.jit(do_not_specialize=["stride_table", "max_seqlen_k", "window_left", "window_right"])
 def _paged_decode_kernel(
     Q,

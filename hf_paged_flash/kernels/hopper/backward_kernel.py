@@ -4,7 +4,7 @@ A block holds BLOCK_N keys of one KV head and walks over the queries that see th
 One warp copies tiles of Q and dO into shared memory with the copy engine (TMA), two warpgroups compute, as in
 FlashAttention-3 (Shah et al. 2024), scores transposed: S^T = K Q^T and dP^T = V dO^T come out as the left operands
 that dV and dK need. dQ is added to fp32 in global memory by vector reductions straight from the registers: through
-shared memory, which the products keep busy, it measured 4 to 8 % slower.
+shared memory, which the products keep busy, it measured 7 % slower at head_dim 64.
 """
 
 import triton.experimental.gluon.language as gl

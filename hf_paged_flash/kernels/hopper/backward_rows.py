@@ -30,7 +30,8 @@ def _row_of(cu_seqlens_q, tiles_m, max_seqlen_q, PACKED: tl.constexpr, BLOCK_M: 
     return first, seqlen_q, tile, head, row
 
 
-@triton.jit
+# a length that turns into a multiple of 16 must not compile anew
+@triton.jit(do_not_specialize=["stride_lse_b", "stride_lse_h", "tiles_m", "max_seqlen_q"])
 def before_backward_kernel(
     Out,
     DOut,
@@ -83,7 +84,8 @@ def before_backward_kernel(
     tl.store(DQ + rows * HEAD_DIM + offs_d[None, :], tl.zeros([BLOCK_M, HEAD_DIM], tl.float32))
 
 
-@triton.jit
+# a length that turns into a multiple of 16 must not compile anew
+@triton.jit(do_not_specialize=["tiles_m", "max_seqlen_q"])
 def after_backward_kernel(
     Sum,
     DQ,
@@ -114,7 +116,7 @@ def after_backward_kernel(
     tl.store(pointers, (dq * softmax_scale).to(DQ.dtype.element_ty), mask=(offs_m < seqlen_q)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def _list_keys_kernel(
     cu_seqlens_q, cu_seqlens_k, items, batch, ROWS: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr
 ):

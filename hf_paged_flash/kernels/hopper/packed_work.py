@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def _plan_packed_kernel(
     cu_seqlens_q, cu_seqlens_k, work, batch, ROWS: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr
 ):
