@@ -79,6 +79,8 @@ def check_lengths(name: str, tensor, q, size: int, text: str) -> torch.Tensor:
 
 def check_cu_seqlens(name: str, tensor, q) -> torch.Tensor:
     """int32 tensor (batch + 1,) beside `q`, returned contiguous."""
+    if not isinstance(tensor, torch.Tensor):
+        fail(name, "be an int32 tensor of shape (batch + 1,)", type(tensor).__name__)
     if tensor.dim() != 1 or tensor.shape[0] == 0:
         fail(name, "have shape (batch + 1,)", tuple(tensor.shape))
     return _check_int32(name, tensor, q)
@@ -131,7 +133,7 @@ def check_options(q, window_size, softcap: float, s_aux) -> tuple[int, int]:
             fail("s_aux", "have a floating-point dtype", s_aux.dtype)
         if s_aux.device != q.device:
             fail("s_aux", f"be on the device of `q`, {q.device}", s_aux.device)
-    if len(window_size) != 2:
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         fail("window_size", "be (left, right), -1 = unbounded", window_size)
     left, right = window_size
     return max(left, -1), max(right, -1)

@@ -176,3 +176,12 @@ def test_more_rows_than_a_grid_has(packed):
     check.check_kernel_limits(q[1:], q[1:], None, None if bounds is None else bounds[1:])
     with pytest.raises(ArgumentError, match="`cu_seqlens_q`" if packed else "`q`"):
         check.check_kernel_limits(q, q, None, bounds)
+
+
+def test_windows_and_offsets_of_another_kind():
+    q = torch.zeros(4, 2, 16)
+    bounds = torch.tensor([0, 4], dtype=torch.int32)
+    with pytest.raises(ArgumentError, match="`window_size` must be .left, right."):
+        flash_attn_varlen_func(q, q, q, bounds, bounds, 4, 4, window_size=8)
+    with pytest.raises(ArgumentError, match="`cu_seqlens_q` must be an int32 tensor"):
+        flash_attn_varlen_func(q, q, q, [0, 4], bounds, 4, 4)
