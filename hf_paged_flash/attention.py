@@ -189,10 +189,10 @@ def _refuse_beside_offsets(key, attention_mask: torch.Tensor | None, position_bi
 
 
 def is_deterministic(asked: bool | None) -> bool:
-    """Whether gradients must be the same in every run: as asked for, or by the environment, or by torch's own flag."""
+    """Whether gradients must be the same in every run: as asked for, or by the environment."""
     if asked is None:
-        asked = os.environ.get("FLASH_ATTENTION_DETERMINISTIC", "0") == "1"
-    return asked or torch.are_deterministic_algorithms_enabled()
+        return os.environ.get("FLASH_ATTENTION_DETERMINISTIC", "0") == "1"
+    return asked
 
 
 def _target_dtype(*tensors: torch.Tensor) -> torch.dtype:

@@ -62,3 +62,15 @@ def _quick(items: list[pytest.Item]) -> list[pytest.Item]:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def reference_backend():
+    """The torch reference does all the work, and counts it from 0."""
+    from hf_paged_flash import backend
+
+    before = backend.backend()
+    backend.configure(backend="reference")
+    backend.reset_counters()
+    yield
+    backend.configure(backend=before)

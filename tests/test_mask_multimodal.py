@@ -12,11 +12,7 @@ from tests.pattern_models import build, compare, image_inputs
 MODEL_TYPES = ("gemma3", "paligemma", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
-@pytest.fixture(autouse=True)
-def reference_backend():
-    hf_paged_flash.configure(backend="reference")
-    yield
-    hf_paged_flash.configure(backend="auto")
+pytestmark = pytest.mark.usefixtures("reference_backend")
 
 
 @pytest.mark.parametrize("side", [None, "left", "right"])

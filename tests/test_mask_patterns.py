@@ -13,7 +13,6 @@ from transformers import (
     masking_utils,
 )
 
-import hf_paged_flash
 from hf_paged_flash.errors import UnsupportedFeatureError
 from hf_paged_flash.masks import paged_flash_mask
 from tests.pattern_models import CONFIGS, assert_equal, build, compare, results
@@ -22,11 +21,7 @@ from tests.tiny_models import ragged_batch, randomize, tiny_config, tiny_model
 SIDES = [None, "left", "right", "holes"]
 
 
-@pytest.fixture(autouse=True)
-def reference_backend():
-    hf_paged_flash.configure(backend="reference")
-    yield
-    hf_paged_flash.configure(backend="auto")
+pytestmark = pytest.mark.usefixtures("reference_backend")
 
 
 def batch(side, lengths=(14, 23)):

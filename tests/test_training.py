@@ -15,12 +15,7 @@ LENGTHS = (9, 23, 16)
 BIAS = 8  # among flash_forward's arguments
 
 
-@pytest.fixture(autouse=True)
-def reference_backend():
-    hf_paged_flash.configure(backend="reference")
-    hf_paged_flash.reset_counters()
-    yield
-    hf_paged_flash.configure(backend="auto")
+pytestmark = pytest.mark.usefixtures("reference_backend")
 
 
 def model_of(model_type, attention, **changes):

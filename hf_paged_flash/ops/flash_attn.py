@@ -90,7 +90,7 @@ def flash_attn_func(
         s_aux=s_aux,
         alibi_slopes=check.check_alibi_slopes(alibi_slopes, q, q.shape[0]),
         dropout_p=dropout_p,
-        deterministic=deterministic or torch.are_deterministic_algorithms_enabled(),
+        deterministic=deterministic,
         dropout_seed=draw_seed(q.device) if dropout_p > 0.0 else None,
     )
     return (out, lse, None) if return_attn_probs else out
@@ -167,7 +167,7 @@ def flash_attn_varlen_func(
         s_aux=s_aux,
         alibi_slopes=check.check_alibi_slopes(alibi_slopes, q, batch),
         dropout_p=dropout_p,
-        deterministic=deterministic or torch.are_deterministic_algorithms_enabled(),
+        deterministic=deterministic,
         dropout_seed=draw_seed(q.device) if dropout_p > 0.0 else None,
     )
     return (out, lse, None) if return_attn_probs else out

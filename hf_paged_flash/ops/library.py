@@ -245,12 +245,14 @@ class _FlashAttention(torch.autograd.Function):
 
 def flash_attention(
     q, k, v, *, cu_seqlens_q=None, cu_seqlens_k=None, seqused_k=None, block_table=None, s_aux=None, bias=None,
-    alibi_slopes=None, dropout_seed=None, packed_lengths=None, **options,
+    alibi_slopes=None, dropout_seed=None, packed_lengths=None, deterministic=False, **options,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """The operator `flash_forward`, in a training step that nothing traces with less work for the host.
 
-    Same arguments and results. Looking up its defaults alone takes torch as long as a launch, in every layer.
+    Same arguments and results; `torch.use_deterministic_algorithms(True)` makes every call `deterministic`. Looking up
+    the operator's defaults alone takes torch as long as a launch, in every layer.
     """
+    options["deterministic"] = deterministic or torch.are_deterministic_algorithms_enabled()
     tensors = (
         q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, s_aux, bias, alibi_slopes, dropout_seed,
         packed_lengths,

@@ -218,8 +218,8 @@ class _NoGPU:
         return 0
 
 
-def _spills_in_loops(cubin: bytes) -> int:
-    """Loads from and stores to local memory between the target of a backward branch and the branch."""
+def disassembled(cubin: bytes) -> list[tuple[int, str]]:
+    """(address, instruction) of a compiled kernel."""
     import triton
 
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -230,10 +230,24 @@ def _spills_in_loops(cubin: bytes) -> int:
     code = [(int(address, 16), text) for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/ +(\S.*?);", sass)]
     if not code:
         raise RuntimeError(f"cuobjdump printed no instructions: {sass[:200]!r}")
+    return code
+
+
+def loops_of(code: list[tuple[int, str]]) -> list[tuple[int, int]]:
+    """(first, last) addresses between the target of each backward branch and the branch."""
     branches = [(address, re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)) for address, text in code]
-    loops = [(int(target[1], 16), address) for address, target in branches if target and int(target[1], 16) < address]
+    return [(int(target[1], 16), address) for address, target in branches if target and int(target[1], 16) < address]
+
+
+def spills_within(code: list[tuple[int, str]], loops: list[tuple[int, int]]) -> int:
+    """Loads from and stores to local memory inside `loops`."""
     local = [address for address, text in code if re.search(r"\b(STL|LDL)\b", text)]
     return sum(any(first <= address <= last for first, last in loops) for address in local)
+
+
+def _spills_in_loops(cubin: bytes) -> int:
+    code = disassembled(cubin)
+    return spills_within(code, loops_of(code))
 
 
 def _measure(kernel, log: str) -> dict:

@@ -7,7 +7,6 @@ import itertools
 import pytest
 import torch
 
-from hf_paged_flash import backend
 from hf_paged_flash.errors import UnsupportedFeatureError
 from hf_paged_flash.ops import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache, library
 from hf_paged_flash.ops.reference import flash_forward as reference_forward
@@ -193,14 +192,6 @@ def test_long_inputs_are_chunked(monkeypatch):
 
     monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", 1)
     check(reference_backward, Problem(RAGGED, causal=True, window_left=20, softcap=2.0, bias=("batch", 1, "q", "k")))
-
-
-@pytest.fixture
-def reference_backend():
-    before = backend.backend()
-    backend.configure(backend="reference")
-    yield
-    backend.configure(backend=before)
 
 
 @pytest.mark.parametrize("features", [(), *((name,) for name in FEATURES), tuple(FEATURES)], ids=str)

@@ -5,17 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_paged_flash import backend
 from hf_paged_flash.ops import dropout, flash_attn_func
 from hf_paged_flash.ops.reference import flash_forward
 
-
-@pytest.fixture(autouse=True)
-def reference_backend():
-    before = backend.backend()
-    backend.configure(backend="reference")
-    yield
-    backend.configure(backend=before)
+pytestmark = pytest.mark.usefixtures("reference_backend")
 
 
 def seed(value):

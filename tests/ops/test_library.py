@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_paged_flash import backend
 from hf_paged_flash.errors import UnsupportedFeatureError
 from hf_paged_flash.ops import flash_attn_func, flash_attn_with_kvcache, library
 
@@ -22,13 +21,7 @@ TABLE, LENGTHS = torch.arange(8, dtype=torch.int32).view(2, 4), int32(3, 5)
 FORWARD = {"softmax_scale": 0.25, "causal": True}
 
 
-@pytest.fixture(autouse=True)
-def reference_backend():
-    before = backend.backend()
-    backend.configure(backend="reference")
-    backend.reset_counters()
-    yield
-    backend.configure(backend=before)
+pytestmark = pytest.mark.usefixtures("reference_backend")
 
 
 def paged_calls(q, s_aux=None):

@@ -5,17 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_paged_flash import backend, merge_states
+from hf_paged_flash import merge_states
 from hf_paged_flash.errors import ArgumentError
 from hf_paged_flash.ops import flash_attn_func, flash_attn_varlen_func
 
-
-@pytest.fixture(autouse=True)
-def reference_backend():
-    before = backend.backend()
-    backend.configure(backend="reference")
-    yield
-    backend.configure(backend=before)
+pytestmark = pytest.mark.usefixtures("reference_backend")
 
 
 @pytest.mark.parametrize("cut", [0, 1, 9, 16])

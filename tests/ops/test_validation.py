@@ -22,13 +22,7 @@ TABLE, LENGTHS = torch.arange(8, dtype=torch.int32).view(2, 4), int32(3, 5)
 LATE = int32(12, 3)
 
 
-@pytest.fixture(autouse=True)
-def reference_backend():
-    before = backend.backend()
-    backend.configure(backend="reference")
-    backend.reset_counters()
-    yield
-    backend.configure(backend=before)
+pytestmark = pytest.mark.usefixtures("reference_backend")
 
 
 def func(q=Q, k=K, v=K, **options):

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,32 +16,20 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def innermost_loops(code):
-    """(first, last) addresses of the loops of `code` [(address, instruction)] that hold no other loop."""
-    branches = [(address, re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)) for address, text in code]
-    loops = [(int(target[1], 16), at) for at, target in branches if target and int(target[1], 16) < at]
+def spills_in_key_loops(cubin: bytes) -> int:
+    """Accesses to local memory in the loops over keys; a block's loop over its work may keep a few values there."""
+    from tests.kernels.compile_kernels import disassembled, loops_of, spills_within
+
+    code = disassembled(cubin)
+    loops = loops_of(code)
 
     def holds(loop, other):
         return loop != other and loop[0] <= other[0] and other[1] <= loop[1]
 
-    return [loop for loop in loops if not any(holds(loop, other) for other in loops)]
-
-
-def spills_in_key_loops(cubin: bytes) -> int:
-    """Accesses to local memory in the loops over keys; a block's loop over its work may keep a few values there."""
-    import triton
-
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        sass = subprocess.run([cuobjdump, "-sass", file.name], capture_output=True, text=True, check=True).stdout
-    code = [(int(address, 16), text) for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/ +(\S.*?);", sass)]
-    loops = innermost_loops(code)
-    if not any(first <= address <= last and "HGMMA" in text for first, last in loops for address, text in code):
+    innermost = [loop for loop in loops if not any(holds(loop, other) for other in loops)]
+    if not any(first <= address <= last and "HGMMA" in text for first, last in innermost for address, text in code):
         raise RuntimeError("no loop with products was found")
-    local = [address for address, text in code if re.search(r"\b(STL|LDL)\b", text)]
-    return sum(first <= address <= last for first, last in loops for address in local)
+    return spills_within(code, innermost)
 
 
 def launch(case) -> None:
