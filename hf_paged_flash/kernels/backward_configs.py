@@ -15,11 +15,11 @@ _DQ = dict[int, Tile]
 
 # Hopper, measured
 _DKV_HOPPER: _DKV = {
-    64: (Tile(64, 64, 4, 2),),
+    64: (Tile(64, 64, 4, 3),),
     128: (Tile(64, 128, 8, 3),),
     256: (Tile(32, 128, 8, 2), Tile(32, 128, 8, 3)),
 }
-_DQ_HOPPER: _DQ = {64: Tile(64, 64, 4, 2), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 2)}
+_DQ_HOPPER: _DQ = {64: Tile(64, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 3)}
 _DQ_HOPPER_MODIFIED: _DQ = {64: Tile(64, 64, 4, 2), 128: Tile(128, 32, 8, 2), 256: Tile(128, 32, 8, 2)}
 _DKV_HOPPER_MODIFIED: _DKV = {128: (Tile(32, 128, 8, 2),), 256: (Tile(32, 128, 8, 2),) * 2}
 # a bias changes its layout between products, which ptxas would serialise if they were in flight then

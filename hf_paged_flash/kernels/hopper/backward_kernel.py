@@ -73,6 +73,22 @@ def _query_tiles(start_n, seqlen_q, seqlen_k, BLOCK_M: gl.constexpr, BLOCK_N: gl
 
 
 @gluon.jit
+def _first_tile(first, tiles, start_n, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr):
+    """The tile a block begins with: without a causal mask each with another, or all would add to one tile of dQ."""
+    if not CAUSAL:
+        first = start_n // BLOCK_N % gl.maximum(tiles, 1)
+    return first
+
+
+@gluon.jit
+def _next_tile(tile, tiles, CAUSAL: gl.constexpr):
+    tile += 1
+    if not CAUSAL:
+        tile = gl.where(tile == tiles, 0, tile)
+    return tile
+
+
+@gluon.jit
 def _produce(
     arguments, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
     PACKED: gl.constexpr,
@@ -91,7 +107,8 @@ def _produce(
     r = 0
     for g in range(group):
         head = head_k * group + g
-        for tile in range(first, tiles):
+        tile = _first_tile(first, tiles, start_n, BLOCK_N, CAUSAL)
+        for _ in range(first, tiles):
             slot = r % STAGES
             phase = ((r // STAGES) & 1) ^ 1
             start_m = first_q + tile * BLOCK_M
@@ -111,6 +128,7 @@ def _produce(
             mbarrier.expect(do_full.index(slot), DO.block_type.nbytes)
             tma.async_copy_global_to_shared(DO, [row, start_m, head, 0], do_full.index(slot), do_s.index(slot))
             r += 1
+            tile = _next_tile(tile, tiles, CAUSAL)
 
 
 @gluon.jit
@@ -223,9 +241,9 @@ def _step(
     dp = warpgroup_mma_wait(0, deps=(dp,))
     ds = (p * (dp - delta[None, :])).to(DTYPE)
     ds_shared.store(ds)
-    fence_async_shared()
     zeros = gl.zeros([BLOCK_M, D], gl.float32, DQ_LAYOUT)
     if EXCHANGE:
+        fence_async_shared()
         dv = warpgroup_mma(p_shared, do, dv, is_async=True)
         dq = warpgroup_mma(ds_shared.permute((1, 0)), k, zeros, use_acc=False, is_async=True)
         dk = warpgroup_mma(ds_shared, q, dk, is_async=True)
@@ -234,8 +252,9 @@ def _step(
         dk = warpgroup_mma_wait(0, deps=(dk,))
     else:
         p = gl.convert_layout(p.to(DTYPE), OPERAND)
+        dv = warpgroup_mma(p, do, dv, is_async=True)  # runs while dS reaches the other warpgroup
+        fence_async_shared()
         ds = gl.convert_layout(ds, OPERAND)
-        dv = warpgroup_mma(p, do, dv, is_async=True)
         dq = warpgroup_mma(ds_shared.permute((1, 0)), k, zeros, use_acc=False, is_async=True)
         dk = warpgroup_mma(ds, q, dk, is_async=True)
         dq, dv, p = warpgroup_mma_wait(1, deps=(dq, dv, p))
@@ -348,18 +367,21 @@ def _consume(
     for g in range(group):
         head_tiles = (row * (shape[0] * group) + head_k * group + g) * shape[3] + padded
         dq_head = (DQ + head_tiles.to(gl.int64) * (BLOCK_M * D)).to(gl.int64, bitcast=True)
-        for tile in range(first, masked):
+        tile = _first_tile(first, tiles, start_n, BLOCK_N, CAUSAL)
+        for _ in range(first, masked):
             dk, dv = STEP(
                 tensors, bars, dq_head + tile.to(gl.int64) * (BLOCK_M * D * 4), dk, dv, r, limit - tile * BLOCK_M,
                 seqlen_q - tile * BLOCK_M, scale_log2, True, BLOCK_M, BLOCK_N, D, STAGES, PACKED,
             )  # fmt: skip
             r += 1
-        for tile in range(masked, tiles):
+            tile = _next_tile(tile, tiles, CAUSAL)
+        for _ in range(masked, tiles):
             dk, dv = STEP(
                 tensors, bars, dq_head + tile.to(gl.int64) * (BLOCK_M * D * 4), dk, dv, r, limit,
                 seqlen_q - tile * BLOCK_M, scale_log2, False, BLOCK_M, BLOCK_N, D, STAGES, PACKED,
             )  # fmt: skip
             r += 1
+            tile = _next_tile(tile, tiles, CAUSAL)
     rows = seqlen_k - start_n
     dk_first = row.to(gl.int64) * stride_dk_b + (first_k + start_n).to(gl.int64) * stride_dk_n
     dv_first = row.to(gl.int64) * stride_dv_b + (first_k + start_n).to(gl.int64) * stride_dv_n
