@@ -33,7 +33,7 @@ def _leaves_the_cache(attend: Callable) -> Callable:
             return attend(module, query, key, *arguments, **options)
         except PagedFlashError:
             if isinstance(key, PagedTensor):
-                key.layer.group.take_back(key.step)
+                key.layer.groups.take_back(key.step)
             raise
 
     return guarded

@@ -162,7 +162,8 @@ def paged_flash_mask(
     _settle_segments(pattern, attention_mask, sizes, kwargs.get("use_vmap", False))
     if attention_mask is not None:
         attention_mask = attention_mask.clone()  # kept beyond this call: a bool mask may be the user's own tensor
-    is_paged = announce_mask(attention_mask, q_length, kv_length)
+    keeps_to_window = pattern.window is not None and pattern.causal and not pattern.needs_matrix
+    is_paged = announce_mask(attention_mask, q_length, kv_length, pattern.window[0] if keeps_to_window else None)
     if pattern.window is not None and not is_paged:
         pattern.needs_matrix |= not _fits_window(pattern.window, attention_mask, sizes)
     if pattern.needs_matrix:

@@ -73,6 +73,7 @@ def paged(query: torch.Tensor, key: PagedTensor, value: PagedTensor, scoring: Sc
             cu_seqlens_q=step.cu_seqlens_q, cu_seqlens_k=step.cu_seqlens_q,
         )  # fmt: skip
         return unpack(out, step.indices, batch, q_length)
+    key.layer.group.check_reach(scoring.window_left)
     pool = key.layer.pool
     q = query.to(pool.key.dtype)
     if q_length <= MAX_DECODE_QUERIES and step.indices is None and scoring.dropout_p == 0.0:

@@ -13,7 +13,7 @@ class Append:
 
     rows, columns, blocks: int64 (n,), entry `table[row, column]` is now `block`.
     copies: int64 (n, 2), (source, target) blocks whose contents must be copied before anything is written.
-    lengths, num_blocks: what the manager's were before.
+    lengths, first, num_blocks: what the manager's were before.
     """
 
     rows: np.ndarray
@@ -21,6 +21,7 @@ class Append:
     blocks: np.ndarray
     copies: np.ndarray
     lengths: np.ndarray
+    first: np.ndarray
     num_blocks: int
 
 
@@ -29,7 +30,8 @@ class BlockManager:
 
     Invariants, after every call:
     - a block is free, or `references[block]` tables name it; never both;
-    - row b's `ceil(lengths[b] / block_size)` first table entries are blocks, all others -1;
+    - row b's table entries `first[b]` to `ceil(lengths[b] / block_size)` are blocks, all others -1: what lies before
+      was given back, or never stored, as nobody will read it;
     - a block that more than one row names is never handed out for writing: its writer gets a copy first;
     - a call that cannot be served raises `CacheFullError` and changes nothing.
     """
@@ -39,6 +41,7 @@ class BlockManager:
         self.max_blocks = max_blocks  # None: no cap
         self.num_blocks = 0  # blocks that exist, used and free
         self.lengths = np.zeros(0, np.int64)  # tokens of each row
+        self.first = np.zeros(0, np.int64)  # leading table entries of each row that are no blocks
         self.table = np.full((0, 0), -1, np.int32)
         self.references = np.zeros(0, np.int32)
         self._free: list[int] = []
@@ -62,16 +65,22 @@ class BlockManager:
     def start_rows(self, rows: int) -> None:
         """Begins `rows` empty rows; only when there are none."""
         self.lengths = np.zeros(rows, np.int64)
+        self.first = np.zeros(rows, np.int64)
         self.table = np.full((rows, 0), -1, np.int32)
 
-    def append(self, counts: np.ndarray) -> Append:
+    def append(self, counts: np.ndarray, first: np.ndarray | None = None) -> Append:
         """Makes room for `counts[b]` more tokens in each row b, all or nothing.
+
+        Args:
+            first: of rows that are empty, the first block to store tokens in; those before are not taken. None: all.
 
         Raises:
             CacheFullError: the cap leaves fewer blocks than the rows need.
         """
-        lengths, num_blocks = self.lengths, self.num_blocks
+        lengths, num_blocks, old_first = self.lengths, self.num_blocks, self.first
         old_blocks = self.row_blocks()
+        if first is not None:
+            old_blocks = np.maximum(old_blocks, first)
         new_blocks = -(-(self.lengths + counts) // self.block_size)
         added = new_blocks - old_blocks
         copies = self._rows_to_copy(counts)
@@ -82,8 +91,8 @@ class BlockManager:
         self.references[blocks] = 1
         copy_targets, new = blocks[: len(copies)], blocks[len(copies) :]
         rows = np.repeat(np.arange(len(counts)), added)
-        first = np.cumsum(added) - added
-        columns = np.arange(len(rows)) - first[rows] + old_blocks[rows]
+        added_before = np.cumsum(added) - added
+        columns = np.arange(len(rows)) - added_before[rows] + old_blocks[rows]
         self._widen(int(new_blocks.max(initial=0)))
         self.table[rows, columns] = new
         last = old_blocks[copies] - 1
@@ -91,12 +100,14 @@ class BlockManager:
         np.subtract.at(self.references, sources, 1)
         self.table[copies, last] = copy_targets
         self.lengths = self.lengths + counts
+        self.first = old_first if first is None else np.maximum(old_first, first)
         return Append(
             rows=np.concatenate([copies, rows]),
             columns=np.concatenate([last, columns]),
             blocks=blocks,
             copies=np.stack([sources, copy_targets], axis=1),
             lengths=lengths,
+            first=old_first,
             num_blocks=num_blocks,
         )
 
@@ -115,7 +126,30 @@ class BlockManager:
         free = [*self._free, *reversed(change.blocks.tolist())]
         self._free = [block for block in free if block < num_blocks]
         self.references = self.references[:num_blocks]
-        self.lengths, self.num_blocks = change.lengths, num_blocks
+        self.lengths, self.first, self.num_blocks = change.lengths, change.first, num_blocks
+
+    def blocks_needed(self, counts: np.ndarray) -> int:
+        """Blocks that `append(counts)` takes."""
+        added = -(-(self.lengths + counts) // self.block_size) - self.row_blocks()
+        return int(added.sum()) + len(self._rows_to_copy(counts))
+
+    def drop_front(self, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Gives back the blocks before block `first[b]` of each row b, which keeps the rest.
+
+        Returns the entries of the table that are no blocks any more, (rows, columns).
+        """
+        rows = np.flatnonzero(first > self.first)
+        if not len(rows):
+            return rows, rows
+        start = int(self.first[rows].min())
+        columns = np.arange(start, int(first[rows].max()))[None, :]
+        gone = (columns >= self.first[rows, None]) & (columns < first[rows, None])
+        row, column = np.nonzero(gone)
+        row, column = rows[row], column + start
+        self._release(self.table[row, column])
+        self.table[row, column] = -1
+        self.first = np.maximum(self.first, first)
+        return row, column
 
     def truncate(self, lengths: np.ndarray) -> None:
         """Shortens row b to `lengths[b]` tokens and releases the blocks behind them."""
@@ -124,13 +158,14 @@ class BlockManager:
         self._release(self.table[gone])
         self.table[gone] = -1
         self.lengths = np.asarray(lengths, np.int64).copy()
+        self.first = np.minimum(self.first, keep)
 
     def select(self, rows: np.ndarray) -> None:
         """Row i becomes what row `rows[i]` was: reorders, repeats and drops rows. Blocks are shared, not copied."""
-        table, lengths = self.table[rows], self.lengths[rows]
+        table, lengths, first = self.table[rows], self.lengths[rows], self.first[rows]
         np.add.at(self.references, table[table >= 0], 1)
         self._release(self.table[self.table >= 0])
-        self.table, self.lengths = table, lengths
+        self.table, self.lengths, self.first = table, lengths, first
 
     def stored_tokens(self) -> int:
         """Tokens that blocks hold, a shared block's tokens once."""

@@ -26,16 +26,19 @@ def expect_no_mask() -> None:
     _asked.group = None
 
 
-def announce_mask(attention_mask: torch.Tensor | None, q_length: int, kv_length: int) -> bool:
+def announce_mask(
+    attention_mask: torch.Tensor | None, q_length: int, kv_length: int, window_left: int | None = None
+) -> bool:
     """Hands the coming forward's mask, bool (batch, kv_length) or None, to the group whose sizes were just asked for.
 
-    The group keeps the mask: it must not be a tensor that the user may write to. Returns whether there is a group: not
-    where the forward runs without a paged cache.
+    `window_left`: queries see at most so many keys before their own; None: any. The group keeps the mask: it must not
+    be a tensor that the user may write to. Returns whether there is a group: not where the forward runs without a
+    paged cache.
     """
     reference, sizes = getattr(_asked, "group", None), getattr(_asked, "sizes", None)
     expect_no_mask()
     group = reference() if reference is not None else None
     if group is None or sizes != (q_length, kv_length):
         return False
-    group.pending_mask, group.is_announced = attention_mask, True
+    group.pending_mask, group.pending_window, group.is_announced = attention_mask, window_left, True
     return True

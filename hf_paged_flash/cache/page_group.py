@@ -5,12 +5,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from ..errors import ArgumentError, CacheFullError
+from ..errors import ArgumentError, UnsupportedFeatureError
 from .block_manager import Append, BlockManager
-from .block_pool import BlockPool
 from .forward_step import ForwardStep, to_device
 from .layer_pools import LayerPools, growth_error
-from .mask_handoff import expect_mask, expect_no_mask
+from .mask_handoff import expect_mask
 
 
 @dataclass(frozen=True)
@@ -23,16 +22,50 @@ class _Before:
     exact: bool
 
 
+@dataclass(frozen=True)
+class NewTokens:
+    """What a forward's mask says about its new columns, for all groups alike.
+
+    Attributes:
+        real: bool (batch, q_length), which of them are tokens; None where the device alone knows.
+        counts: int64 (batch,), how many tokens a row gets; upper bounds where the device alone knows.
+        floor: int64 (batch,), no row has fewer tokens stored.
+        cache_seqlens: int32 (batch,), each row's tokens after the forward, on its device; None: from `counts`.
+        indices, cu_seqlens_q: as in `ForwardStep`.
+    """
+
+    real: np.ndarray | None
+    counts: np.ndarray
+    floor: np.ndarray
+    cache_seqlens: torch.Tensor
+    indices: torch.Tensor | None
+    cu_seqlens_q: torch.Tensor | None
+
+
 class PageGroup:
     """Rows of tokens in blocks, for all layers that see the same tokens.
 
     On CUDA a decode step must not wait for the device, so a mask that lies there is not read back: the device counts
     (`cache_seqlens`), and `manager.lengths` holds upper bounds until the next forward of several tokens, `crop` or
     `memory()` reads the truth. Blocks are handed out by the bounds: at most one too many a row.
+
+    Attributes:
+        window: tokens that a query of these layers sees, itself included; None: all. Blocks that no later query can
+            reach are given back, once the forward's mask says that its layers keep to the window.
+        record_past: give nothing back before the next `crop`, which may take tokens away and needs what lies before.
     """
 
-    def __init__(self, block_size: int, num_layers: int, num_blocks: int | None, max_memory: int | None) -> None:
+    def __init__(
+        self,
+        block_size: int,
+        num_layers: int,
+        num_blocks: int | None,
+        max_memory: int | None,
+        window: int | None = None,
+    ) -> None:
         self.block_size = block_size
+        self.window = window
+        self.record_past = False
         self.pools = LayerPools(num_layers, num_blocks, max_memory)
         self.clear()
 
@@ -44,12 +77,15 @@ class PageGroup:
         self.layer_columns: dict[int, int] = {}  # columns that each layer has stored, by layer index
         self.step: ForwardStep | None = None
         self.pending_mask: torch.Tensor | None = None  # of the forward to come, once announced
+        self.pending_window: int | None = None  # keys left of its own that its queries see at most
         self.is_announced = False
+        self.keeps_to_window = False  # the last forward did
         self._mask: torch.Tensor | None = None  # bool (batch, n <= columns), later columns are real; None: all real
         self._exact = True
         self._before: _Before | None = None  # the step; None once it can't be taken back
         self._cache_seqlens: torch.Tensor | None = None
         self._block_table: torch.Tensor | None = None
+        self._dropped: list[tuple[np.ndarray, np.ndarray]] = []  # entries that `_block_table` has yet to lose
 
     @property
     def batch(self) -> int:
@@ -58,98 +94,111 @@ class PageGroup:
     def mask_sizes(self, q_length: int) -> tuple[int, int]:
         """(kv_length, kv_offset) for transformers' masks, and notice of the mask that follows."""
         kv_length = self.columns + q_length
-        self.pending_mask, self.is_announced = None, False
+        self.forget_announcement()
         expect_mask(self, (q_length, kv_length))
         return kv_length, 0
 
+    def forget_announcement(self) -> None:
+        self.pending_mask = self.pending_window = None
+        self.is_announced = False
+
     # ------------------------------------------------------------------------------------------------ one forward
 
-    @torch.inference_mode(False)  # a step's tensors are written to by later ones, perhaps in another mode
-    def begin(self, batch: int, q_length: int, device: torch.device) -> ForwardStep:
-        """Plans the step for `q_length` new columns: blocks, slots and lengths; nothing is stored yet.
+    def plan(self, new: NewTokens, keeps_to_window: bool, max_blocks: int | None) -> None:
+        """Hands out blocks for a forward's new tokens; nothing on the device has changed yet.
 
         Raises:
-            CacheFullError: no room under the cap or on the device; the group is as it was.
-            ArgumentError: another batch size than stored, or a mask that does not continue the stored one.
+            CacheFullError: no room under the cap of `max_blocks`.
         """
-        expect_no_mask()  # whoever made this forward's mask, the next one is another forward's
-        if self.columns == 0 and batch != self.batch:
-            self.manager.start_rows(batch)
-        elif batch != self.batch:
-            raise ArgumentError(
-                f"the paged cache holds {self.batch} rows, got keys for {batch}: continue with the same batch, or "
-                "start a new cache (`reset()` empties this one)"
-            )
-        mask, self.pending_mask = self.pending_mask, None
-        if mask is not None and mask.shape != (batch, self.columns + q_length):
-            raise ArgumentError(
-                f"`attention_mask` must cover the {self.columns} cached and {q_length} new columns of {batch} rows, "
-                f"shape {(batch, self.columns + q_length)}, got {tuple(mask.shape)}. On a kept cache pass the whole "
-                "conversation to generate(), not the new turn alone; `crop()` takes a turn back, `reset()` starts anew"
-            )
-        on_device = self._counts_on_device(mask, q_length, device)
-        if not on_device:
-            self.sync_lengths()
+        self.keeps_to_window = keeps_to_window
         self._before = _Before(None, self._mask, self._cache_seqlens, self._exact)
-        try:
-            step = self._decode_on_device(mask, device) if on_device else self._step_on_host(mask, q_length, device)
-        except BaseException:
-            self._undo(self.columns)
-            raise
-        self._mask = mask if mask is not None else self._mask
-        step.knows_mask, self.is_announced = self.is_announced, False
-        self.columns = step.end
-        self.step = step
-        return step
+        first = None
+        if keeps_to_window and not self.record_past:
+            self.give_back(new.floor)
+            # the forward's own tokens reach attention without the cache
+            first = self._first_in_reach(new.counts) if self.columns == 0 else None
+        self.manager.max_blocks = max_blocks
+        change = self.manager.append(new.counts, first)
+        self._before = replace(self._before, change=change)
 
-    def _counts_on_device(self, mask: torch.Tensor | None, q_length: int, device: torch.device) -> bool:
-        on_device = mask is not None and mask.is_cuda or not self._exact
-        return device.type == "cuda" and q_length == 1 and self.columns > 0 and on_device
-
-    def take_back(self, step: ForwardStep) -> None:
-        """Forgets `step` if it is the last one begun: a forward that is refused half way leaves nothing behind."""
-        if step is self.step and self._before is not None:
-            self._undo(step.start)
-        elif step is self.step:
-            self.truncate(step.start)
-
-    def join_pool(self, pool: BlockPool, step: ForwardStep) -> None:
-        """Makes room in the pool of a layer that stores for the first time; the others grow in `begin`.
+    def grow_pools(self) -> None:
+        """Grows the layers' pools to the blocks that `plan` took.
 
         Raises:
-            CacheFullError: no room under `max_memory` or on the device; the group is as it was before the step.
+            CacheFullError: the device has no room.
         """
-        blocks, cap = self.manager.num_blocks, self.pools.cap
-        if cap is not None and blocks > cap:  # layers differ in size, and the first ones were the smaller ones
-            self._undo(step.start)
-            raise CacheFullError(
-                f"the paged cache is full: {blocks} blocks take more than the {self.pools.max_memory} bytes of "
-                "`max_memory`. The tokens stored before this forward are intact: raise it, shorten or split the batch",
-                blocks_needed=blocks,
-                blocks_free=cap,
-            )
-        try:
-            pool.grow(step.num_blocks)
-        except BaseException as error:
-            needed = len(self._before.change.blocks)
-            self._undo(step.start)
-            raise growth_error(error, needed, self.manager.blocks_free) from error
-
-    def _append(self, counts: np.ndarray) -> Append:
-        """`manager.append`, with the layers' pools grown to match."""
-        self.manager.max_blocks = self.pools.cap
-        change = self.manager.append(counts)
-        self._before = replace(self._before, change=change)
+        change = self._before.change
         try:
             self.pools.grow(self.manager.num_blocks)
         except BaseException as error:
             free = self.manager.blocks_free + len(change.blocks) - (self.manager.num_blocks - change.num_blocks)
             raise growth_error(error, len(change.blocks), free) from error
-        return change
 
-    def _undo(self, columns: int) -> None:
+    def begin(self, new: NewTokens, mask: torch.Tensor | None, q_length: int, device: torch.device) -> None:
+        """Makes the step that `plan` prepared: tables and slots on the device; `step` is it then."""
+        change, start = self._before.change, self.columns
+        self._cache_seqlens = new.cache_seqlens
+        block_table = self._table_on(device, change)
+        if new.real is None:
+            self._exact = False
+            slots = self._slots_on_device(mask, block_table, self._before.cache_seqlens.to(device))
+        else:
+            position = change.lengths[:, None] + np.cumsum(new.real, 1, dtype=np.int64) - 1
+            slots = to_device(self._slots(np.where(new.real, position, -1)).reshape(-1), device)
+        step = ForwardStep(
+            start=start,
+            end=start + q_length,
+            batch=self.batch,
+            slot_mapping=slots,
+            block_table=block_table,
+            cache_seqlens=new.cache_seqlens,
+            max_seqlen_k=int(self.manager.lengths.max(initial=0)),
+            max_seqlen_q=int(new.counts.max(initial=0)),
+            num_blocks=self.manager.num_blocks,
+            indices=new.indices,
+            cu_seqlens_q=new.cu_seqlens_q,
+            copies=to_device(change.copies, device) if len(change.copies) else None,
+        )
+        self._mask = mask if mask is not None else self._mask
+        self.columns = step.end
+        self.step = step
+
+    def _slots_on_device(
+        self, mask: torch.Tensor | None, block_table: torch.Tensor, before: torch.Tensor
+    ) -> torch.Tensor:
+        # No value is read back: where a row's new column is padding, the device knows, the host counts it as a token.
+        block = block_table.gather(1, (before // self.block_size).long()[:, None])[:, 0]
+        slots = block.long() * self.block_size + before % self.block_size
+        return slots if mask is None else torch.where(mask[:, -1].to(slots.device), slots, -1)
+
+    def _counts_on_device(self, mask: torch.Tensor | None, q_length: int, device: torch.device) -> bool:
+        on_device = mask is not None and mask.is_cuda or not self._exact
+        return device.type == "cuda" and q_length == 1 and self.columns > 0 and on_device
+
+    @property
+    def cache_seqlens(self) -> torch.Tensor | None:
+        """Tokens of each row, int32 (batch,), as the device counts them; None before the first forward."""
+        return self._cache_seqlens
+
+    @property
+    def blocks_taken(self) -> int:
+        """Blocks that the last step took."""
+        return len(self._before.change.blocks)
+
+    def blocks_to_come(self, counts: np.ndarray) -> int:
+        """Blocks that `plan` will take for `counts[b]` more tokens in each row, at most."""
+        return self.manager.blocks_needed(counts)
+
+    @property
+    def can_undo(self) -> bool:
+        """Whether the last step can be taken back as if it had never begun."""
+        return self._before is not None
+
+    def undo(self, columns: int) -> None:
         """Takes back the step that has begun at `columns`: what layers stored for it is forgotten."""
         before = self._before
+        if before is None:
+            return
         if before.change is not None:
             self.manager.undo(before.change, self.pools.room)
             if columns == 0:
@@ -158,74 +207,18 @@ class PageGroup:
         self._mask, self._cache_seqlens, self._exact = before.mask, before.cache_seqlens, before.exact
         self._step_gone(columns)
 
-    def _step_on_host(self, mask: torch.Tensor | None, q_length: int, device: torch.device) -> ForwardStep:
-        batch, start = self.batch, self.columns
-        new = np.ones((batch, q_length), bool)
-        if mask is not None:
-            on_host = mask.cpu()
-            self._check_history(on_host[:, :start])
-            new = on_host[:, start:].numpy()
-        counts = new.sum(1, dtype=np.int64)
-        before = self.manager.lengths
-        change = self._append(counts)
-        position = before[:, None] + np.cumsum(new, 1, dtype=np.int64) - 1
-        slots = self._slots(np.where(new, position, -1))
-        indices = cu_seqlens_q = None
-        if not new.all():
-            indices = to_device(np.flatnonzero(new), device)
-            cu_seqlens_q = to_device(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32), device)
-        self._cache_seqlens = to_device(self.manager.lengths.astype(np.int32), device)
-        return ForwardStep(
-            start=start,
-            end=start + q_length,
-            batch=batch,
-            slot_mapping=to_device(slots.reshape(-1), device),
-            block_table=self._table_on(device, change),
-            cache_seqlens=self._cache_seqlens,
-            max_seqlen_k=int(self.manager.lengths.max(initial=0)),
-            max_seqlen_q=int(counts.max(initial=0)),
-            num_blocks=self.manager.num_blocks,
-            indices=indices,
-            cu_seqlens_q=cu_seqlens_q,
-            copies=to_device(change.copies, device) if len(change.copies) else None,
-        )
-
-    def _decode_on_device(self, mask: torch.Tensor | None, device: torch.device) -> ForwardStep:
-        # No value is read back: where a row's new column is padding, the device knows, the host counts it as a token.
-        change = self._append(np.ones(self.batch, np.int64))
-        self._exact = False
-        before = self._cache_seqlens.to(device)
-        block_table = self._table_on(device, change)
-        block = block_table.gather(1, (before // self.block_size).long()[:, None])[:, 0]
-        slots = block.long() * self.block_size + before % self.block_size
-        if mask is None:
-            self._cache_seqlens = before + 1
-        else:
-            real = mask[:, -1].to(device)
-            slots = torch.where(real, slots, -1)
-            self._cache_seqlens = before + real
-        return ForwardStep(
-            start=self.columns,
-            end=self.columns + 1,
-            batch=self.batch,
-            slot_mapping=slots,
-            block_table=block_table,
-            cache_seqlens=self._cache_seqlens,
-            max_seqlen_k=int(self.manager.lengths.max(initial=0)),
-            max_seqlen_q=1,
-            num_blocks=self.manager.num_blocks,
-            copies=to_device(change.copies, device) if len(change.copies) else None,
-        )
-
     def _table_on(self, device: torch.device, change: Append) -> torch.Tensor:
         """The block table on `device`, only the changed entries sent where that is possible."""
         table = self._block_table
         width = self.manager.table.shape[1]
         if table is None or table.shape != (self.batch, width) or table.device != device:
             self._block_table = to_device(self.manager.table, device)
-        elif len(change.blocks):
-            entries = to_device(np.stack([change.rows, change.columns, change.blocks]), device)
+        elif len(change.blocks) or self._dropped:
+            changed = [np.stack([row, column, np.full_like(row, -1)]) for row, column in self._dropped]
+            changed.append(np.stack([change.rows, change.columns, change.blocks]))
+            entries = to_device(np.concatenate(changed, 1), device)
             table[entries[0], entries[1]] = entries[2].int()
+        self._dropped.clear()
         used = int(self.manager.row_blocks().max(initial=0))
         return self._block_table[:, : max(used, 1)]
 
@@ -238,37 +231,82 @@ class PageGroup:
         known = self._mask[:, : self.columns].cpu().numpy()
         return np.pad(known, ((0, 0), (0, self.columns - known.shape[1])), constant_values=True)
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether `manager.lengths` are the true lengths, not upper bounds."""
+        return self._exact
+
     def sync_lengths(self) -> None:
         """Replaces the host's upper bounds by the true lengths. Waits for the device where they differ."""
         if not self._exact:
             self.manager.truncate(self._cache_seqlens.cpu().numpy().astype(np.int64))
             self._exact = True
             self._block_table = self._before = None
+            self._dropped.clear()
 
     def column_slots(self, columns: int, device: torch.device) -> torch.Tensor:
-        """Slots int64 (batch, columns) of the first `columns` columns, -1 for padding."""
+        """Slots int64 (batch, columns) of the first `columns` columns, -1 for padding and for what was given back."""
         self.sync_lengths()
         real = self.real_columns()
         real = np.ones((self.batch, columns), bool) if real is None else real[:, :columns]
         return to_device(self._slots(np.where(real, np.cumsum(real, 1, dtype=np.int64) - 1, -1)), device)
 
     def _slots(self, positions: np.ndarray) -> np.ndarray:
-        """Slots int64 of token `positions` (batch, n) of each row, -1 for -1."""
-        row, column = np.nonzero(positions >= 0)
+        """Slots int64 of token `positions` (batch, n) of each row, -1 for -1 and for tokens that are not stored."""
+        row, column = np.nonzero(positions >= self.manager.first[:, None] * self.block_size)
         position = positions[row, column]
         slots = np.full(positions.shape, -1, np.int64)
         blocks = self.manager.table[row, position // self.block_size].astype(np.int64)
         slots[row, column] = blocks * self.block_size + position % self.block_size
         return slots
 
-    def truncate(self, columns: int) -> None:
-        """Drops all columns from `columns` on, and the blocks behind them."""
-        step = self.step
-        if step is not None and step.copies is not None and self._before is not None and columns <= step.start:
-            self._undo(step.start)  # layers that a broken forward did not reach have copied nothing yet
-        self.sync_lengths()
+    def _first_in_reach(self, lengths: np.ndarray) -> np.ndarray:
+        """The first block of each row that the query after `lengths[b]` tokens, or a later one, sees."""
+        return np.maximum(lengths - (self.window - 1), 0) // self.block_size
+
+    def give_back(self, lengths: np.ndarray) -> None:
+        """Gives back what no query after `lengths[b]` tokens can reach; no row has fewer."""
+        dropped = self.manager.drop_front(self._first_in_reach(lengths))
+        if len(dropped[0]):
+            self._dropped.append(dropped)
+
+    @property
+    def has_given_back(self) -> bool:
+        """Whether there are tokens that are not stored any more, or never were."""
+        return bool(self.manager.first.any())
+
+    def check_reach(self, window_left: int) -> None:
+        """Raises UnsupportedFeatureError where queries see further back (-1: to the start) than tokens are kept."""
+        if self.has_given_back and not 0 <= window_left < self.window:
+            reach = "all tokens" if window_left < 0 else f"{window_left + 1} tokens"
+            raise UnsupportedFeatureError(
+                f"a layer attends to {reach}, of which the paged cache has kept the last {self.window}, as earlier "
+                "forwards said: keep to one attention pattern, or start a new cache"
+            )
+
+    def lengths_at(self, columns: int) -> np.ndarray:
+        """Tokens of each row in the first `columns` columns, int64 (batch,). Waits for the device."""
         real = self.real_columns()
-        lengths = np.full(self.batch, columns) if real is None else real[:, :columns].sum(1)
+        return np.full(self.batch, columns) if real is None else real[:, :columns].sum(1)
+
+    def check_truncate(self, lengths: np.ndarray) -> None:
+        """Raises ArgumentError where rows cut to `lengths` would see tokens that have been given back."""
+        if self.window is None:
+            return
+        needed = np.maximum(lengths - (self.window - 1), 0)
+        missing = needed < np.minimum(self.manager.first * self.block_size, lengths)
+        if missing.any():
+            row = int(np.flatnonzero(missing)[0])
+            raise ArgumentError(
+                f"the paged cache can't be cropped that far: row {row} would be {int(lengths[row])} tokens long, and "
+                f"its layers with a sliding window of {self.window} have given back tokens from there on. Call "
+                "`activate_past_recording()` on the cache before the forwards that a crop may take back, or start a "
+                "new cache. This one is as it was"
+            )
+
+    def truncate(self, columns: int, lengths: np.ndarray) -> None:
+        """Drops all columns from `columns` on, which leaves `lengths`, and the blocks behind them."""
+        self.sync_lengths()
         self.manager.truncate(lengths)
         self._mask = None if self._mask is None else self._mask[:, :columns]
         self._lengths_changed(columns)
@@ -292,8 +330,9 @@ class PageGroup:
         self.columns = columns
         self.layer_columns = {layer: min(stored, columns) for layer, stored in self.layer_columns.items()}
         self.step = self._before = self._block_table = None
+        self._dropped.clear()
 
-    def _check_history(self, mask: torch.Tensor) -> None:
+    def check_history(self, mask: torch.Tensor) -> None:
         stored = self.real_columns()
         stored = torch.ones_like(mask) if stored is None else torch.from_numpy(stored)
         if not torch.equal(mask, stored):

@@ -12,12 +12,27 @@ from transformers.cache_utils import (
 )
 
 from ..errors import ArgumentError, UnsupportedFeatureError
+from .linear_states import (
+    PagedHybridLayer,
+    check_crop_states,
+    crop_states,
+    reset_states,
+    select_states,
+)
 from .page_group import PageGroup
+from .page_groups import PageGroups
 from .paged_layer import PagedLayer
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_PAGED_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
+# {layer type: whether its `sliding_window` bounds what a query sees}; "hybrid" layers have another state beside
+_PAGED_LAYER_TYPES = {
+    "full_attention": False,
+    "sliding_attention": True,
+    "chunked_attention": False,  # a chunk's tokens reach back as far as its first one
+    "hybrid": False,
+    "hybrid_sliding": True,
+}
 
 
 def _bytes(max_memory: int | str | None) -> int | None:
@@ -38,13 +53,15 @@ def _bytes(max_memory: int | str | None) -> int | None:
 
 @dataclass(frozen=True)
 class CacheMemory:
-    """What a PagedCache holds; a block is `block_size` tokens of all attention layers.
+    """What a PagedCache holds; a block is `block_size` tokens of all attention layers of one group.
+
+    Layers with the same attention pattern are a group: full attention, or a sliding window of one size.
 
     Attributes:
         bytes_reserved: K/V memory taken from the device, used or free.
         bytes_stored: K/V of stored tokens, those in shared blocks once.
         bytes_wasted: reserved and holding no token: room behind each row's last token, and free blocks.
-        tokens: tokens stored, those in shared blocks once.
+        tokens: tokens stored, those in shared blocks once; of several groups, the one that stores most of them.
         block_size: tokens a block.
         blocks_used: blocks that hold tokens.
         blocks_free: reserved blocks that hold none.
@@ -67,12 +84,12 @@ class PagedCache(Cache):
     Only real tokens are stored, padding never; a row wastes at most the rest of its last block. Blocks are taken when
     tokens arrive, a fortieth more than needed once the pools grow; `crop()` frees them for later tokens, `reset()` and
     dropping the cache give the memory back. Rows that share a past (beams, repeated rows) share its blocks until one
-    of them writes.
+    of them writes. Layers with a sliding window have blocks of their own, and give back those that it has left behind.
 
     Args:
         config: the model's configuration; a composite model's text decoder is found in it.
         block_size: tokens a block: 16, 32, 64, 128 or 256.
-        num_blocks: cap in blocks; None for no cap.
+        num_blocks: cap in blocks, for each group of layers; None for no cap.
         max_memory: cap on the K/V memory in bytes, or as "4GiB"; None for no cap.
         dtype: dtype to store in; None stores what the model computes.
 
@@ -104,12 +121,25 @@ class PagedCache(Cache):
         layer_types, layer_kwargs = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
         if isinstance(layer_kwargs, dict):  # one for all layers before transformers 5.18, then one a layer
             layer_kwargs = [layer_kwargs] * len(layer_types)
-        paged = [kind in _PAGED_LAYER_TYPES for kind in layer_types]
-        self.group = PageGroup(block_size, sum(paged), num_blocks, max_memory)
+        windows = [
+            kwargs.get("sliding_window") if _PAGED_LAYER_TYPES.get(kind) else None
+            for kind, kwargs in zip(layer_types, layer_kwargs, strict=True)
+        ]
+        is_paged = [kind in _PAGED_LAYER_TYPES for kind in layer_types]
+        used = [window for window, paged in zip(windows, is_paged, strict=True) if paged]
+        by_window = {
+            window: PageGroup(block_size, used.count(window), num_blocks, max_memory, window)
+            for window in dict.fromkeys(used or [None])
+        }
+        self.groups = PageGroups(list(by_window.values()), max_memory)
         layers = []
         for idx, (kind, kwargs) in enumerate(zip(layer_types, layer_kwargs, strict=True)):
-            if paged[idx]:
-                layers.append(PagedLayer(idx, self.group, is_sliding=kind != "full_attention", dtype=dtype))
+            if is_paged[idx]:
+                options = {"is_sliding": kind not in ("full_attention", "hybrid"), "dtype": dtype}
+                if kind.startswith("hybrid"):
+                    options["number_of_states"] = kwargs.get("number_of_states", 1)
+                layer_class = PagedHybridLayer if kind.startswith("hybrid") else PagedLayer
+                layers.append(layer_class(idx, by_window[windows[idx]], self.groups, **options))
             elif kind == "dummy" or DYNAMIC_LAYER_TYPE_MAPPING.get(kind) is LinearAttentionLayer:
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs))  # a dummy reads another layer's keys
             else:
@@ -119,70 +149,85 @@ class PagedCache(Cache):
                 )
         super().__init__(layers=layers)
 
+    @property
+    def group(self) -> PageGroup:
+        """The first of `groups`, for models whose layers are all alike."""
+        return self.groups[0]
+
     def memory(self) -> CacheMemory:
         """What is reserved, stored and wasted now. Waits for the device."""
-        group = self.group
-        group.sync_lengths()
-        manager, tokens = group.manager, group.manager.stored_tokens()
-        reserved = group.pools.bytes_reserved
-        stored = tokens * (group.pools.stored_block_bytes // group.block_size)
+        self.groups.sync_lengths()
+        tokens = [group.manager.stored_tokens() for group in self.groups]
+        reserved = sum(group.pools.bytes_reserved for group in self.groups)
+        stored = sum(
+            count * (group.pools.stored_block_bytes // group.block_size)
+            for count, group in zip(tokens, self.groups, strict=True)
+        )
+        managers = [group.manager for group in self.groups]
         return CacheMemory(
             bytes_reserved=reserved,
             bytes_stored=stored,
             bytes_wasted=reserved - stored,
-            tokens=tokens,
-            block_size=group.block_size,
-            blocks_used=manager.blocks_used,
-            blocks_free=manager.blocks_free,
-            blocks_shared=manager.blocks_shared,
+            tokens=max(tokens),
+            block_size=self.group.block_size,
+            blocks_used=sum(manager.blocks_used for manager in managers),
+            blocks_free=sum(manager.blocks_free for manager in managers),
+            blocks_shared=sum(manager.blocks_shared for manager in managers),
         )
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Which layers have no keys and values but another state."""
+        paged = [isinstance(layer, PagedLayer) for layer in self.layers]
+        return [linear and not has_keys for linear, has_keys in zip(super().is_linear, paged, strict=True)]
 
     def reset(self) -> None:
         """Forgets every token and gives the memory back; the cap stays."""
-        self.group.clear()
+        self.groups.clear()
         super().reset()
+        reset_states(self.layers)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drops the last columns and gives their blocks back.
+
+        What sliding windows and convolutions have left behind can't come back: call `activate_past_recording()` before
+        the forwards that a crop may take back, as `generate()` does for assisted decoding. Such a cache gives it back
+        with each `crop`, of 0 columns too.
 
         Args:
             tokens_to_remove: 0 or negative: minus the number of columns to drop, as transformers passes it. Positive:
                 the number of columns to keep, transformers' convention before 5.18.
 
         Raises:
-            ArgumentError: more columns than there are.
+            ArgumentError: more columns than there are, or further back than layers with a sliding window have kept.
+            UnsupportedFeatureError: a recurrent state, or a convolution that has kept no past.
+            The cache is then as it was.
         """
-        columns = self.group.columns
+        columns = self.groups.columns
         keep = tokens_to_remove if tokens_to_remove > 0 else columns + tokens_to_remove
         if keep < 0:
             raise ArgumentError(f"`tokens_to_remove` is {tokens_to_remove}, the cache holds {columns} columns")
         if keep < columns:
-            self.group.truncate(keep)
-        for layer in self.layers:
-            if not isinstance(layer, PagedLayer):
-                layer.crop(tokens_to_remove)
+            check_crop_states(self.layers)
+            self.groups.truncate(keep)
+        crop_states(self.layers, columns - min(keep, columns))
+        self.groups.give_back()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row i becomes what row `beam_idx[i]` was; tables move, K/V stays."""
-        self.group.select(beam_idx)
-        for layer in self.layers:
-            if not isinstance(layer, PagedLayer):
-                layer.reorder_cache(beam_idx)
+        self._select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each row `repeats` times; the copies share the row's blocks."""
-        self.group.select(torch.arange(self.group.batch).repeat_interleave(repeats))
-        for layer in self.layers:
-            if not isinstance(layer, PagedLayer):
-                layer.batch_repeat_interleave(repeats)
+        self._select(torch.arange(self.groups.batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps rows `indices`, long or bool; the others' blocks are given back."""
-        rows = torch.nonzero(indices)[:, 0] if indices.dtype == torch.bool else indices
-        self.group.select(rows)
-        for layer in self.layers:
-            if not isinstance(layer, PagedLayer):
-                layer.batch_select_indices(indices)
+        self._select(torch.nonzero(indices)[:, 0] if indices.dtype == torch.bool else indices)
+
+    def _select(self, rows: torch.Tensor) -> None:
+        self.groups.select(rows)
+        select_states(self.layers, rows)
 
     def __copy__(self) -> "PagedCache":
         return self.__deepcopy__({})  # a shallow copy would write into the same blocks

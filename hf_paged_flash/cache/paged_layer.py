@@ -9,13 +9,14 @@ from ..errors import PagedFlashError, UnsupportedFeatureError
 from .block_pool import BlockPool
 from .forward_step import ForwardStep
 from .page_group import PageGroup
+from .page_groups import PageGroups
 from .paged_tensor import PagedTensor
 
 
 class PagedLayer(CacheLayerMixin):
     """Keys and values of one attention layer in the blocks of its `PageGroup`.
 
-    A sliding-window layer keeps all its tokens too; attention reads only those inside the window.
+    A sliding-window layer keeps what its window can reach, see `PageGroup`; attention reads only that.
     """
 
     _layer_type = None  # must not register itself as transformers' class for a layer type
@@ -23,10 +24,19 @@ class PagedLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, layer_idx: int, group: PageGroup, *, is_sliding: bool, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self,
+        layer_idx: int,
+        group: PageGroup,
+        groups: PageGroups,
+        *,
+        is_sliding: bool,
+        dtype: torch.dtype | None,
+    ) -> None:
         # CacheLayerMixin.__init__ assigns `keys` and `values`, which are properties here
         self.layer_idx = layer_idx
         self.group = group
+        self.groups = groups  # the cache's, `group` among them
         self.is_sliding = is_sliding
         self._dtype = dtype
         self.reset()
@@ -77,7 +87,7 @@ class PagedLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         step = self._join_step(key_states)
         if self.pool.num_blocks < step.num_blocks:
-            self.group.join_pool(self.pool, step)
+            self.groups.join_pool(self.group, self.pool, step)
         local = step.to(self.device)
         if local.copies is not None:
             self.pool.copy_blocks(local.copies)
@@ -93,7 +103,8 @@ class PagedLayer(CacheLayerMixin):
         group, step = self.group, self.group.step
         batch, _, q_length, _ = key_states.shape
         if self.columns == group.columns:
-            return group.begin(batch, q_length, key_states.device)
+            self.groups.begin(batch, q_length, key_states.device)
+            return group.step
         if (
             step is not None
             and (step.start, step.end) == (self.columns, self.columns + q_length)
@@ -111,9 +122,21 @@ class PagedLayer(CacheLayerMixin):
         size = (self.group.batch, pool.shape[2], self.columns, pool.shape[3])
         return PagedTensor.wrap(self, kind, self._step, self._nan, size, fresh)
 
-    def gather(self, kind: str, step: ForwardStep) -> torch.Tensor:
-        """Dense keys or values (B, Hkv, columns, D | Dv) up to the end of `step`, zeros in padded columns."""
-        slots = self.group.column_slots(min(step.end, self.columns), self.device)
+    def gather(self, kind: str, step: ForwardStep, fresh: torch.Tensor | None = None) -> torch.Tensor:
+        """Dense keys or values (B, Hkv, columns, D | Dv) up to the end of `step`.
+
+        Zeros in padded columns, and in those that the group has given back. `fresh`: as in `PagedTensor`.
+        """
+        columns = min(step.end, self.columns)
+        if fresh is not None and self.group.has_given_back and step is self.group.step:
+            # what no later forward can reach was never stored, but this one's own code may look at it
+            real = self.group.real_columns()
+            stored = fresh.detach().to(self.pool.key.dtype).to(self.dtype)
+            if real is None:
+                return stored.clone()
+            padding = torch.from_numpy(~real[:, :columns]).to(fresh.device)
+            return stored.masked_fill(padding[:, None, :, None], 0)
+        slots = self.group.column_slots(columns, self.device)
         return self.pool.gather(slots, kind).to(self.dtype)
 
     def get_seq_length(self) -> int:
@@ -121,6 +144,19 @@ class PagedLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
+
+    @property
+    def record_past(self) -> bool:
+        """Whether a sliding window leaves nothing behind before the next `crop`."""
+        return self.group.record_past
+
+    @record_past.setter
+    def record_past(self, value: bool) -> None:
+        self.group.record_past = value
+
+    def activate_past_recording(self) -> None:
+        """Keeps every token from here to the next `crop`, which may then go back to any of them."""
+        self.group.record_past = True
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.group.mask_sizes(query_length)

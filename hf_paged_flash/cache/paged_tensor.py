@@ -101,14 +101,17 @@ class PagedTensor(torch.Tensor):
         return handle
 
     def dense(self, reason: str) -> torch.Tensor:
-        """The dense tensor (B, Hkv, L, D), zeros in padded columns; `reason` is counted and logged."""
+        """The dense tensor (B, Hkv, L, D); `reason` is counted and logged.
+
+        Zeros in padded columns, and in those that a sliding window has left behind for good.
+        """
         backend.count("dense_gather", reason)
         logger.warning_once(
             f"paged {self.kind}s were gathered into a dense tensor for `{reason}`: correct, but slower and larger "
             "than attention over the blocks. It happens where a model does more with its cache than attend to it, or "
             'runs another attn_implementation than "paged_flash".'
         )
-        dense = self.layer.gather(self.kind, self.step)
+        dense = self.layer.gather(self.kind, self.step, self.fresh)
         if self.layer.had_grad and torch.is_grad_enabled():
             dense = _NoBackward.apply(dense, torch.zeros((), requires_grad=True))
         return dense

@@ -37,6 +37,7 @@ def _attend(
     block_table_row,
     first,
     last,
+    first_key,
     q_pos,
     seqlen_k,
     window_left,
@@ -74,13 +75,19 @@ def _attend(
     HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Adds the keys of tiles `first .. last` (token indices, multiples of BLOCK_N) to acc, m_i and l_i."""
+    """Adds the keys of tiles `first .. last` (token indices, multiples of BLOCK_N) to acc, m_i and l_i.
+
+    No query of the tile sees a key before `first_key`.
+    """
+    # the first tile may begin in blocks that the window has left behind, which are no blocks any more
+    CHECK_FIRST: tl.constexpr = MASKED and HAS_LEFT and PAGE_SIZE > 0 and PAGE_SIZE % BLOCK_N != 0
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
-    blocks = tile_blocks(block_table_row, first, offs_n, seqlen_k, BLOCK_N, PAGE_SIZE)
+    blocks = tile_blocks(block_table_row, first, offs_n, seqlen_k, BLOCK_N, PAGE_SIZE, first_key, CHECK_FIRST)
     for start_n in range(first, last, BLOCK_N):
         rest = seqlen_k - start_n
+        first_n = first_key - start_n
         next_blocks = tile_blocks(block_table_row, start_n + BLOCK_N, offs_n, seqlen_k, BLOCK_N, PAGE_SIZE)
         if K_DESCRIPTOR:
             k = k_descriptor.load([descriptor_row, descriptor_n + start_n, head_k, 0]).reshape(BLOCK_N, BLOCK_D)
@@ -88,7 +95,7 @@ def _attend(
             k_pointers = tile_pointers(
                 k_base, blocks, start_n, offs_n, offs_d, stride_k_block, stride_k_n, BLOCK_N, PAGE_SIZE
             )
-            k = load_tile(k_pointers, offs_n, offs_d, rest, HEAD_DIM, BLOCK_D, MASKED)
+            k = load_tile(k_pointers, offs_n, offs_d, rest, HEAD_DIM, BLOCK_D, MASKED, first_n, CHECK_FIRST)
         s = attention_scores(q, k, tanh_scale, HAS_SOFTCAP, PRECISION)
         queries, keys = (q_pos - (seqlen_k - seqlen_q))[:, None], (start_n + offs_n)[None, :]
         score_scale = scale_log2
@@ -111,7 +118,7 @@ def _attend(
             v_pointers = tile_pointers(
                 v_base, blocks, start_n, offs_n, offs_dv, stride_v_block, stride_v_n, BLOCK_N, PAGE_SIZE
             )
-            v = load_tile(v_pointers, offs_n, offs_dv, rest, V_HEAD_DIM, BLOCK_DV, MASKED)
+            v = load_tile(v_pointers, offs_n, offs_dv, rest, V_HEAD_DIM, BLOCK_DV, MASKED, first_n, CHECK_FIRST)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
         blocks = next_blocks
     return acc, m_i, l_i
@@ -257,6 +264,9 @@ def _flash_forward_kernel(
     begin, full_begin, full_end, end = visible_runs(
         start_m + shift, last_m + shift, seqlen_k, window_left, window_right, BLOCK_N, HAS_LEFT, HAS_RIGHT
     )
+    first_key = 0
+    if HAS_LEFT:
+        first_key = tl.maximum(start_m + shift - window_left, 0)
 
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -278,27 +288,27 @@ def _flash_forward_kernel(
     if HAS_LEFT:
         acc, m_i, l_i = _attend(
             acc, m_i, l_i, q, k_base, v_base, KDescriptor, VDescriptor, descriptor_row, descriptor_n, head // GROUP,
-            block_table_row, begin, full_begin, q_pos, seqlen_k, window_left, window_right, scale_log2, tanh_scale,
-            stride_k_b, stride_k_n, stride_v_b, stride_v_n, seqlen_q, bias_base, stride_bias_m, stride_bias_n,
-            alibi_slope, seed, dropout_threshold, keep_scale, head, row32,
+            block_table_row, begin, full_begin, first_key, q_pos, seqlen_k, window_left, window_right, scale_log2,
+            tanh_scale, stride_k_b, stride_k_n, stride_v_b, stride_v_n, seqlen_q, bias_base, stride_bias_m,
+            stride_bias_n, alibi_slope, seed, dropout_threshold, keep_scale, head, row32,
             HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
             PAGE_SIZE, DESCRIPTORS, V_DESCRIPTOR_AT_END, True,
             HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
     acc, m_i, l_i = _attend(
         acc, m_i, l_i, q, k_base, v_base, KDescriptor, VDescriptor, descriptor_row, descriptor_n, head // GROUP,
-        block_table_row, full_begin, full_end, q_pos, seqlen_k, window_left, window_right, scale_log2, tanh_scale,
-        stride_k_b, stride_k_n, stride_v_b, stride_v_n, seqlen_q, bias_base, stride_bias_m, stride_bias_n,
-        alibi_slope, seed, dropout_threshold, keep_scale, head, row32,
+        block_table_row, full_begin, full_end, first_key, q_pos, seqlen_k, window_left, window_right, scale_log2,
+        tanh_scale, stride_k_b, stride_k_n, stride_v_b, stride_v_n, seqlen_q, bias_base, stride_bias_m,
+        stride_bias_n, alibi_slope, seed, dropout_threshold, keep_scale, head, row32,
         HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
         PAGE_SIZE, DESCRIPTORS, DESCRIPTORS, False,
         HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,
     )  # fmt: skip
     acc, m_i, l_i = _attend(
         acc, m_i, l_i, q, k_base, v_base, KDescriptor, VDescriptor, descriptor_row, descriptor_n, head // GROUP,
-        block_table_row, full_end, end, q_pos, seqlen_k, window_left, window_right, scale_log2, tanh_scale,
-        stride_k_b, stride_k_n, stride_v_b, stride_v_n, seqlen_q, bias_base, stride_bias_m, stride_bias_n,
-        alibi_slope, seed, dropout_threshold, keep_scale, head, row32,
+        block_table_row, full_end, end, first_key, q_pos, seqlen_k, window_left, window_right, scale_log2,
+        tanh_scale, stride_k_b, stride_k_n, stride_v_b, stride_v_n, seqlen_q, bias_base, stride_bias_m,
+        stride_bias_n, alibi_slope, seed, dropout_threshold, keep_scale, head, row32,
         HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
         PAGE_SIZE, DESCRIPTORS, V_DESCRIPTOR_AT_END, True,
         HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, BIAS, HAS_ALIBI, HAS_DROPOUT, PRECISION,

@@ -86,10 +86,13 @@ def _paged_decode_kernel(
     offs_dv = tl.arange(0, BLOCK_DV)
     q_pos = query + seqlen_k - SEQLEN_Q
 
-    first_tile = 0
+    first_key = 0
     end = seqlen_k
     if HAS_LEFT:
-        first_tile = tl.maximum(seqlen_k - SEQLEN_Q - window_left, 0) // BLOCK_N
+        first_key = tl.maximum(seqlen_k - SEQLEN_Q - window_left, 0)
+    first_tile = first_key // BLOCK_N
+    # the first tile may begin in blocks that the window has left behind, which are no blocks any more
+    CHECK_FIRST: tl.constexpr = HAS_LEFT and PAGE_SIZE > 0 and PAGE_SIZE % BLOCK_N != 0
     if HAS_RIGHT:
         end = tl.minimum(seqlen_k, tl.maximum(seqlen_k + window_right, 0))
     last_tile = (end + BLOCK_N - 1) // BLOCK_N
@@ -110,7 +113,7 @@ def _paged_decode_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
-    blocks = tile_blocks(block_table_row, begin, offs_n, seqlen_k, BLOCK_N, PAGE_SIZE)
+    blocks = tile_blocks(block_table_row, begin, offs_n, seqlen_k, BLOCK_N, PAGE_SIZE, first_key, CHECK_FIRST)
     for start_n in range(begin, end, BLOCK_N):
         rest = seqlen_k - start_n
         next_blocks = tile_blocks(block_table_row, start_n + BLOCK_N, offs_n, seqlen_k, BLOCK_N, PAGE_SIZE)
@@ -118,8 +121,9 @@ def _paged_decode_kernel(
         v_pointers = tile_pointers(
             v_base, blocks, start_n, offs_n, offs_dv, stride_v_b, stride_v_n, BLOCK_N, PAGE_SIZE
         )
-        k = load_tile(k_pointers, offs_n, offs_d, rest, HEAD_DIM, BLOCK_D, True)
-        v = load_tile(v_pointers, offs_n, offs_dv, rest, V_HEAD_DIM, BLOCK_DV, True)
+        first_n = first_key - start_n
+        k = load_tile(k_pointers, offs_n, offs_d, rest, HEAD_DIM, BLOCK_D, True, first_n, CHECK_FIRST)
+        v = load_tile(v_pointers, offs_n, offs_dv, rest, V_HEAD_DIM, BLOCK_DV, True, first_n, CHECK_FIRST)
         s = attention_scores(q, k, tanh_scale, HAS_SOFTCAP, PRECISION)
         mask = visible_keys(q_pos, start_n + offs_n, seqlen_k, window_left, window_right, HAS_LEFT, HAS_RIGHT)
         s = tl.where(mask, s, float("-inf"))

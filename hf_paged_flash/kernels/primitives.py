@@ -65,11 +65,21 @@ def online_softmax_update(s, scale_log2, m_i, l_i, MASKED: tl.constexpr):
 
 
 @triton.jit
-def tile_blocks(block_table_row, start_n, offs_n, seqlen_k, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr):
+def tile_blocks(
+    block_table_row,
+    start_n,
+    offs_n,
+    seqlen_k,
+    BLOCK_N: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    first_key=0,
+    CHECK_FIRST: tl.constexpr = False,
+):
     """Blocks of the keys `start_n ..`: one id where a tile lies within a block, else one a key (BLOCK_N,).
 
     Token t of a row lies in block `block_table_row[t // PAGE_SIZE]` at offset `t % PAGE_SIZE`; tokens past `seqlen_k`
-    have no block and read as 0. Load a tile's ids one iteration ahead, so that its keys do not wait for them.
+    have no block and read as 0, and so do those before `first_key` (CHECK_FIRST). Load a tile's ids one iteration
+    ahead, so that its keys do not wait for them.
     """
     if PAGE_SIZE == 0:
         blocks = 0
@@ -77,7 +87,10 @@ def tile_blocks(block_table_row, start_n, offs_n, seqlen_k, BLOCK_N: tl.constexp
         blocks = tl.load(block_table_row + start_n // PAGE_SIZE, mask=start_n < seqlen_k, other=0)
     else:
         tokens = start_n + offs_n
-        blocks = tl.load(block_table_row + tokens // PAGE_SIZE, mask=tokens < seqlen_k, other=0)
+        mask = tokens < seqlen_k
+        if CHECK_FIRST:
+            mask = mask & (tokens >= first_key)
+        blocks = tl.load(block_table_row + tokens // PAGE_SIZE, mask=mask, other=0)
     return blocks
 
 
@@ -109,12 +122,28 @@ def tile_pointers(
 
 
 @triton.jit
-def load_tile(pointers, offs_n, offs_d, limit_n, D: tl.constexpr, BLOCK_D: tl.constexpr, CHECK_N: tl.constexpr):
-    """A tile (N, BLOCK_D); rows from `limit_n` on (CHECK_N) and columns from D on read as 0."""
+def load_tile(
+    pointers,
+    offs_n,
+    offs_d,
+    limit_n,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHECK_N: tl.constexpr,
+    first_n=0,
+    CHECK_FIRST: tl.constexpr = False,
+):
+    """A tile (N, BLOCK_D); rows from `limit_n` on (CHECK_N) and columns from D on read as 0.
+
+    With CHECK_N and CHECK_FIRST rows before `first_n` too.
+    """
+    rows = offs_n < limit_n
+    if CHECK_FIRST:
+        rows = rows & (offs_n >= first_n)
     if CHECK_N and D != BLOCK_D:
-        tile = tl.load(pointers, mask=(offs_n < limit_n)[:, None] & (offs_d < D)[None, :], other=0.0)
+        tile = tl.load(pointers, mask=rows[:, None] & (offs_d < D)[None, :], other=0.0)
     elif CHECK_N:
-        tile = tl.load(pointers, mask=(offs_n < limit_n)[:, None], other=0.0)
+        tile = tl.load(pointers, mask=rows[:, None], other=0.0)
     elif D != BLOCK_D:
         tile = tl.load(pointers, mask=(offs_d < D)[None, :], other=0.0)
     else:

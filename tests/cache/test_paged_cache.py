@@ -763,8 +763,8 @@ class TestConfigurations:
 
     def test_layers_it_cannot_page_are_named(self):
         config = tiny_config("llama")
-        config.layer_types = ["full_attention", "hybrid", "full_attention"]
-        with pytest.raises(UnsupportedFeatureError, match="layer 1 of LlamaConfig is of type `hybrid`.*DynamicCache"):
+        config.layer_types = ["full_attention", "deepseek_sparse_attention", "full_attention"]
+        with pytest.raises(UnsupportedFeatureError, match="layer 1 of LlamaConfig is of type `deep.*DynamicCache"):
             PagedCache(config)
 
     def test_offloading_a_layer_is_refused(self, model):

@@ -1,5 +1,6 @@
 """Pairs of one tiny model under eager and under paged_flash, loaded from disk as a user loads them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from hf_paged_flash import PagedCache
 from tests.tiny_models import ragged_batch, tiny_config, tiny_model
 
 LENGTHS = (30, 7, 19, 1)  # past the sliding windows of 12, and a prompt of one token
@@ -69,3 +71,17 @@ def unpadded_runs(
         for row, keep in zip(input_ids, mask, strict=True)
     ]
     return torch.cat(rows)
+
+
+def held(cache: PagedCache, lengths: Sequence[int]) -> tuple[int, int]:
+    """(tokens, blocks) that `cache` should hold of rows of `lengths` tokens, the last of which came by itself.
+
+    A group with a sliding window holds the blocks that this last token could reach.
+    """
+    size, tokens, blocks = cache.group.block_size, [], 0
+    for group in cache.groups:
+        window = group.window or max(lengths)
+        first = [max(length - window, 0) // size for length in lengths]
+        tokens.append(sum(length - size * skipped for length, skipped in zip(lengths, first, strict=True)))
+        blocks += sum(-(-length // size) - skipped for length, skipped in zip(lengths, first, strict=True))
+    return max(tokens), blocks

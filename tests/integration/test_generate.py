@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedTokenizerFast, TextIteratorStre
 from transformers.generation.streamers import BaseStreamer
 
 from hf_paged_flash import PagedCache, counters
-from tests.integration.models import LENGTHS, NEW_TOKENS, Pair, new_tokens, unpadded_runs
+from tests.integration.models import LENGTHS, NEW_TOKENS, Pair, held, new_tokens, unpadded_runs
 from tests.tiny_models import VOCAB_SIZE, ragged_batch
 
 # fp32 in another order of operations, over logits of size 5
@@ -41,8 +41,8 @@ def test_every_layer_runs_through_us_in_every_forward(pair):
         assert ran.reference["paged_decode"] == layers * decode_steps
         assert ran.dense_gather_total == 0
     memory = out.past_key_values.memory()
-    assert memory.tokens == sum(LENGTHS) + len(LENGTHS) * decode_steps
-    assert memory.blocks_used == sum(-(-(length + decode_steps) // 16) for length in LENGTHS)
+    lengths = [length + decode_steps for length in LENGTHS]
+    assert (memory.tokens, memory.blocks_used) == held(out.past_key_values, lengths)
 
 
 def test_left_padding(pair):
@@ -136,8 +136,7 @@ def test_explicit_cache_of_any_block_size(load, model_type, block_size):
     assert torch.equal(new_tokens(pair.paged, input_ids, mask, past_key_values=cache), unpadded_runs(pair.eager))
     memory = cache.memory()
     stored = [length + NEW_TOKENS - 1 for length in LENGTHS]  # the last token is never fed back
-    assert (memory.block_size, memory.tokens) == (block_size, sum(stored))
-    assert memory.blocks_used == sum(-(-length // block_size) for length in stored)
+    assert (memory.block_size, memory.tokens, memory.blocks_used) == (block_size, *held(cache, stored))
 
 
 @pytest.mark.parametrize("model_type", KINDS)
@@ -149,11 +148,11 @@ def test_more_new_tokens_than_the_first_pool_holds(load, model_type):
     streamer = _Tokens(lambda: pools.append(cache.memory().blocks_used))
     paged = new_tokens(pair.paged, input_ids[:1], None, past_key_values=cache, max_new_tokens=90, streamer=streamer)
     assert torch.equal(paged, unpadded_runs(pair.eager, (16, 5), 90)[:1])
-    assert pools[1] == 1 and pools[-1] == 7  # 16 tokens after the prefill, 105 in the end
+    assert pools[1] == len(cache.groups) and pools[-1] == held(cache, [105])[1]  # 16 tokens after the prefill
     cache = PagedCache(pair.paged.config)
     paged = new_tokens(pair.paged, input_ids, mask, past_key_values=cache, max_new_tokens=90)
     assert torch.equal(paged, unpadded_runs(pair.eager, (16, 5), 90))
-    assert cache.memory().blocks_used == 7 + 6
+    assert cache.memory().blocks_used == held(cache, [105, 94])[1]
 
 
 class _Tokens(BaseStreamer):
@@ -216,7 +215,7 @@ def test_several_turns_on_one_cache(pair, pass_whole, pad):
         input_ids = torch.cat([input_ids, answer], 1)
         mask = torch.cat([mask, torch.ones_like(answer)], 1)
     assert cache.get_seq_length() == input_ids.shape[1] - 1
-    assert cache.memory().tokens == int(mask.sum()) - len(mask)
+    assert cache.memory().tokens == held(cache, (mask.sum(1) - 1).tolist())[0]
 
 
 def _alone(pair: Pair, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

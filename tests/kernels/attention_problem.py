@@ -114,8 +114,14 @@ def paged(problem: Problem, block_size: int, spare: int = 3):
     """k_cache, v_cache (num_blocks, block_size, Hkv, D | Dv) and block_table (B, max_blocks) int32.
 
     Blocks lie in random order; unused blocks and the rest of each last one are NaN, table entries without a block -1.
+    Blocks that a left window has left behind are not there.
     """
     needed = [-(-len(k) // block_size) for k in problem.k]
+    left = problem.scoring.get("window_left", -1)
+    first = [
+        max(len(k) - len(q) - left, 0) // block_size if left >= 0 else 0
+        for q, k in zip(problem.q, problem.k, strict=True)
+    ]
     order = torch.randperm(sum(needed) + spare, generator=problem.block_order).tolist()
     table = torch.full((len(needed), max(needed) + 1), -1, dtype=torch.int32)
     pools = []
@@ -123,6 +129,8 @@ def paged(problem: Problem, block_size: int, spare: int = 3):
         pool, free = rows[0].new_full((len(order), block_size, *rows[0].shape[1:]), math.nan), iter(order)
         for b, row in enumerate(rows):
             for n, tokens in enumerate(row.split(block_size) if len(row) else ()):
+                if n < first[b]:
+                    continue
                 table[b, n] = next(free)
                 pool[table[b, n], : len(tokens)] = tokens
         pools.append(pool)

@@ -1,0 +1,220 @@
+"""The groups of a cache: all take a forward's tokens together, or none does."""
+
+import numpy as np
+import torch
+
+from ..errors import ArgumentError, CacheFullError
+from .block_pool import BlockPool
+from .forward_step import ForwardStep, to_device
+from .layer_pools import growth_error
+from .length_floor import LengthFloor
+from .mask_handoff import expect_no_mask
+from .page_group import NewTokens, PageGroup
+
+
+class PageGroups(list[PageGroup]):
+    """A cache's groups of layers. Every row has the same tokens in each of them; which of these are kept differs.
+
+    Args:
+        groups: one or more, empty.
+        max_memory: cap on the bytes of all groups together; None for none.
+    """
+
+    def __init__(self, groups: list[PageGroup], max_memory: int | None) -> None:
+        super().__init__(groups)
+        self.max_memory = max_memory
+        self._floor = LengthFloor()
+
+    __hash__ = object.__hash__  # two caches are never the same one
+
+    @property
+    def columns(self) -> int:
+        return self[0].columns
+
+    @property
+    def batch(self) -> int:
+        return self[0].batch
+
+    # ------------------------------------------------------------------------------------------------ one forward
+
+    @torch.inference_mode(False)  # a step's tensors are written to by later ones, perhaps in another mode
+    def begin(self, batch: int, q_length: int, device: torch.device) -> None:
+        """Plans every group's step for `q_length` new columns: blocks, slots and lengths; nothing is stored yet.
+
+        Raises:
+            CacheFullError: no room under the cap or on the device; every group is as it was.
+            ArgumentError: another batch size than stored, or a mask that does not continue the stored one.
+        """
+        expect_no_mask()  # whoever made this forward's mask, the next one is another forward's
+        announced = [group for group in self if group.is_announced]
+        keeps = [_keeps_to_window(group) for group in self]
+        masks = [group.pending_mask for group in self if group.pending_mask is not None]
+        mask = masks[0] if masks else None
+        for group in self:
+            group.forget_announcement()
+        self._check(batch, mask, q_length)
+        on_device = any(group._counts_on_device(mask, q_length, device) for group in self)
+        if not on_device:
+            self.sync_lengths()
+        new = self._new_tokens(mask, batch, q_length, device, on_device)
+        planned, start = [], self.columns
+        try:
+            for group, keeps_to_window in zip(self, keeps, strict=True):
+                planned.append(group)
+                group.plan(new, keeps_to_window, self.cap(group, new.counts))
+            for group in self:
+                group.grow_pools()
+            for group in self:
+                group.begin(new, mask, q_length, device)
+                group.step.knows_mask = bool(announced)
+        except BaseException:
+            for group in planned:
+                group.undo(start)
+            raise
+
+    def _check(self, batch: int, mask: torch.Tensor | None, q_length: int) -> None:
+        columns = self.columns
+        if columns == 0 and batch != self.batch:
+            for group in self:
+                group.manager.start_rows(batch)
+        elif batch != self.batch:
+            raise ArgumentError(
+                f"the paged cache holds {self.batch} rows, got keys for {batch}: continue with the same batch, or "
+                "start a new cache (`reset()` empties this one)"
+            )
+        if mask is not None and mask.shape != (batch, columns + q_length):
+            raise ArgumentError(
+                f"`attention_mask` must cover the {columns} cached and {q_length} new columns of {batch} rows, "
+                f"shape {(batch, columns + q_length)}, got {tuple(mask.shape)}. On a kept cache pass the whole "
+                "conversation to generate(), not the new turn alone; `crop()` takes a turn back, `reset()` starts anew"
+            )
+
+    def _new_tokens(
+        self, mask: torch.Tensor | None, batch: int, q_length: int, device: torch.device, on_device: bool
+    ) -> NewTokens:
+        first = self[0]
+        if all(group.is_exact for group in self):
+            self._floor.restart(first.manager.lengths)
+        if on_device:
+            before = first.cache_seqlens.to(device)
+            if any(group.window is not None for group in self):
+                self._floor.refresh(before)
+            cache_seqlens = before + (1 if mask is None else mask[:, -1].to(device))
+            return NewTokens(None, np.ones(batch, np.int64), self._floor.lengths, cache_seqlens, None, None)
+        real = np.ones((batch, q_length), bool)
+        if mask is not None:
+            on_host = mask.cpu()
+            first.check_history(on_host[:, : self.columns])
+            real = on_host[:, self.columns :].numpy()
+        counts = real.sum(1, dtype=np.int64)
+        indices = cu_seqlens_q = None
+        if not real.all():
+            indices = to_device(np.flatnonzero(real), device)
+            cu_seqlens_q = to_device(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32), device)
+        lengths = first.manager.lengths
+        cache_seqlens = to_device((lengths + counts).astype(np.int32), device)
+        return NewTokens(real, counts, self._floor.lengths, cache_seqlens, indices, cu_seqlens_q)
+
+    def take_back(self, step: ForwardStep) -> None:
+        """Forgets `step` if it is the last one begun: a forward that is refused half way leaves nothing behind."""
+        if any(step is group.step for group in self):
+            if all(group.can_undo for group in self):
+                self._undo(step.start)
+            else:
+                self.truncate(step.start)
+
+    def join_pool(self, group: PageGroup, pool: BlockPool, step: ForwardStep) -> None:
+        """Makes room in the pool of a layer that stores for the first time; the others grow in `begin`.
+
+        Raises:
+            CacheFullError: no room under `max_memory` or on the device; every group is as it was before the step.
+        """
+        blocks, cap = group.manager.num_blocks, self.cap(group)
+        if cap is not None and blocks > cap:  # layers differ in size, and the first ones were the smaller ones
+            self._undo(step.start)
+            raise CacheFullError(
+                f"the paged cache is full: {blocks} blocks take more than the {self.max_memory} bytes of "
+                "`max_memory`. The tokens stored before this forward are intact: raise it, shorten or split the batch",
+                blocks_needed=blocks,
+                blocks_free=max(cap, 0),
+            )
+        try:
+            pool.grow(step.num_blocks)
+        except BaseException as error:
+            needed = group.blocks_taken
+            self._undo(step.start)
+            raise growth_error(error, needed, group.manager.blocks_free) from error
+
+    def _undo(self, columns: int) -> None:
+        for group in self:
+            group.undo(columns)
+
+    def cap(self, group: PageGroup, counts: np.ndarray | None = None) -> int | None:
+        """The cap of `group` in blocks: its own, and what the others leave of `max_memory`; None for none.
+
+        With `counts` the others leave room for that many more tokens a row in them too.
+        """
+        if len(self) == 1 or self.max_memory is None:
+            return group.pools.cap
+        taken = 0
+        for other in self:
+            if other is not group:
+                short = 0 if counts is None else max(other.blocks_to_come(counts) - other.manager.blocks_free, 0)
+                taken += (other.manager.num_blocks + short) * self._block_bytes(other)
+        caps = [] if group.pools.num_blocks is None else [group.pools.num_blocks]
+        if block_bytes := self._block_bytes(group):
+            caps.append(max((self.max_memory - taken) // block_bytes, 0))
+        return min(caps, default=None)
+
+    def _block_bytes(self, group: PageGroup) -> int:
+        """Bytes of a block of `group`; before its layers store, as if they were like the other groups'."""
+        if group.pools.block_bytes:
+            return group.pools.block_bytes
+        known = [other.pools for other in self if other.pools.block_bytes]
+        layers = sum(pools.num_layers for pools in known)
+        return sum(pools.block_bytes for pools in known) * group.pools.num_layers // max(layers, 1)
+
+    # ------------------------------------------------------------------------------------- tokens stored before
+
+    def sync_lengths(self) -> None:
+        """Replaces upper bounds of lengths by the true ones. Waits for the device where they differ."""
+        for group in self:
+            group.sync_lengths()
+
+    def truncate(self, columns: int) -> None:
+        """Drops all columns from `columns` on, and the blocks behind them.
+
+        Raises:
+            ArgumentError: layers with a sliding window have given back what they would need; nothing has changed.
+        """
+        lengths = self[0].lengths_at(columns)
+        for group in self:
+            group.check_truncate(lengths)
+        broken = any(group.step is not None and group.step.copies is not None for group in self)
+        if broken and all(group.can_undo and columns <= group.step.start for group in self):
+            self._undo(self[0].step.start)  # layers that a broken forward did not reach have copied nothing yet
+        for group in self:
+            group.truncate(columns, lengths)
+
+    def give_back(self) -> None:
+        """Gives back what sliding windows have left behind in groups that waited for a `crop` to do so."""
+        for group in self:
+            if group.record_past and group.keeps_to_window and group.columns:
+                group.give_back(group.manager.lengths if group.is_exact else self._floor.lengths)
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Row i becomes what row `rows[i]` was; blocks are shared, no K/V moves. Nothing while nothing is stored."""
+        rows = rows.cpu()
+        for group in self:
+            group.select(rows)
+
+    def clear(self) -> None:
+        """Forgets every token and gives the memory back."""
+        for group in self:
+            group.clear()
+
+
+def _keeps_to_window(group: PageGroup) -> bool:
+    """Whether this forward's mask says that the group's layers see no further than its window."""
+    told = group.pending_window
+    return group.window is not None and group.is_announced and told is not None and told < group.window
