@@ -113,6 +113,8 @@ def paged_flash_attention_forward(
     query = query.to(dtype)
     is_padding = attention_mask is not None and attention_mask.dim() == 2 and attention_mask.dtype != torch.int32
     told = masks_nothing(attention_mask) or (is_padding and isinstance(key, PagedTensor) and key.step.knows_mask)
+    if isinstance(key, PagedTensor) and key.layer.groups.is_cross:
+        told = _is_told_of_encoder(key, attention_mask, is_padding)
     if _are_paged(key, value) and told and position_bias is None:
         # a cache may store, and attend, in another dtype
         return rows.paged(query, key, value, scoring).to(dtype), None
@@ -132,6 +134,18 @@ def _attend(query, key, value, mask: torch.Tensor | None, position_bias, scoring
     if position_bias is not None or mask.dim() == 4 or torch.compiler.is_compiling():
         return rows.biased(query, key, value, mask, position_bias, scoring)
     return rows.padded(query, key, value, mask.bool(), scoring)
+
+
+def _is_told_of_encoder(key: PagedTensor, attention_mask: torch.Tensor | None, is_padding: bool) -> bool:
+    """Whether a cross-attention cache has stored no key that the mask would hide."""
+    if not key.step.knows_mask:
+        return masks_nothing(attention_mask)
+    if not is_padding and key.layer.group.has_padding:
+        raise UnsupportedFeatureError(
+            "the encoder's padding was left out of the paged cross-attention cache, and now a layer has another mask: "
+            "pass `past_key_values=EncoderDecoderCache(DynamicCache(config=...), DynamicCache(config=...))`"
+        )
+    return is_padding or masks_nothing(attention_mask)
 
 
 def _dense_keys(x: torch.Tensor, q_length: int) -> torch.Tensor:

@@ -22,7 +22,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 from transformers import masking_utils
 
-from .cache.mask_handoff import announce_mask
+from .cache.mask_handoff import announce_cross_mask, announce_mask
 from .ops import library
 
 _aten = torch.ops.aten
@@ -164,6 +164,8 @@ def paged_flash_mask(
         attention_mask = attention_mask.clone()  # kept beyond this call: a bool mask may be the user's own tensor
     keeps_to_window = pattern.window is not None and pattern.causal and not pattern.needs_matrix
     is_paged = announce_mask(attention_mask, q_length, kv_length, pattern.window[0] if keeps_to_window else None)
+    if not is_paged and pattern == _Pattern():  # every query sees every token
+        is_paged = announce_cross_mask(attention_mask, kv_length)
     if pattern.window is not None and not is_paged:
         pattern.needs_matrix |= not _fits_window(pattern.window, attention_mask, sizes)
     if pattern.needs_matrix:

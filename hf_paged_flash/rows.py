@@ -62,7 +62,7 @@ def paged(query: torch.Tensor, key: PagedTensor, value: PagedTensor, scoring: Sc
     """Keys of a PagedCache, and the forward that is under way there."""
     step = key.step.to(query.device)
     batch, _, q_length, _ = query.shape
-    if key.fresh is not None and q_length == step.end:
+    if key.fresh is not None and q_length == step.end and not key.layer.groups.is_cross:
         # nothing was stored before: the forward's own keys are all there is, and they lie dense
         k, v = key.fresh.to(query.dtype), value.fresh.to(query.dtype)
         if step.indices is None:

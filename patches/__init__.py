@@ -6,6 +6,7 @@ was written for before it touches anything, and puts the original back on `undo(
 
 from hf_paged_flash.patches.base import Patch
 from hf_paged_flash.patches.default_cache import DEFAULT_CACHE
+from hf_paged_flash.patches.encoder_decoder_cache import ENCODER_DECODER_CACHE
 from hf_paged_flash.patches.flash_functions import FLASH_FUNCTIONS
 from hf_paged_flash.patches.flash_implementations import FLASH_IMPLEMENTATIONS
 from hf_paged_flash.patches.flash_masks import FLASH_MASKS
@@ -19,6 +20,7 @@ ALL_PATCHES: tuple[Patch, ...] = (
     FLASH_IMPLEMENTATIONS,
     UNREACHED_MODELS,
     DEFAULT_CACHE,
+    ENCODER_DECODER_CACHE,
     PREFILL_LOGITS,
     GENERATE_BATCH,
     *MASK_FUNCTIONS,

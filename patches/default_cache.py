@@ -1,10 +1,10 @@
 """`generate()` of a model under "paged_flash" builds a PagedCache where it would build a DynamicCache.
 
 Why: `cache_implementation` knows a fixed set of names, and "paged" already means continuous batching there. A cache
-that the caller passed or named, `use_cache=False` and encoder-decoder caches are left alone.
+that the caller passed or named, and `use_cache=False`, are left alone.
 """
 
-from transformers import DynamicCache
+from transformers import DynamicCache, EncoderDecoderCache
 from transformers.generation.utils import GenerationMixin
 from transformers.utils import logging
 
@@ -14,30 +14,57 @@ from hf_paged_flash.patches.base import Patch
 logger = logging.get_logger(__name__)
 
 
-def _prepare_cache(original, self, generation_config, model_kwargs, *args, **kwargs):
+def _prepare_cache(original, self, generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs):
     given = model_kwargs.get("past_key_values")
-    result = original(self, generation_config, model_kwargs, *args, **kwargs)
+    result = original(self, generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs)
     built = model_kwargs.get("past_key_values")
     config = self.config.get_text_config(decoder=True)
     if (
         given is None
-        and type(built) is DynamicCache
-        and not built.offloading
+        and _is_default(built)
         and generation_config.cache_implementation is None
         and config._attn_implementation == "paged_flash"
     ):
-        from hf_paged_flash.cache import PagedCache
-
         if getattr(self, "_compiled_call_impl", None) or hasattr(self.forward, "_torchdynamo_orig_callable"):
             logger.warning_once(
                 "generate() keeps DynamicCache for a model compiled by torch.compile: PagedCache can't be traced yet"
             )
             return result
         try:
-            model_kwargs["past_key_values"] = PagedCache(config)
+            cache = _paged(self, config, built, generation_config, batch_size)
         except UnsupportedFeatureError as error:
             logger.warning_once(f"generate() keeps DynamicCache for this model: {error}")
+            return result
+        if generation_config.is_assistant:  # what it drafts is taken back
+            cache.activate_past_recording()
+        model_kwargs["past_key_values"] = cache
     return result
+
+
+def _is_default(cache) -> bool:
+    halves = [cache]
+    if type(cache) is EncoderDecoderCache:
+        halves = [cache.self_attention_cache, cache.cross_attention_cache]
+    return all(type(half) is DynamicCache and not half.offloading for half in halves)
+
+
+def _paged(model, config, built, generation_config, batch_size: int):
+    """The paged counterpart of what transformers `built`."""
+    from hf_paged_flash.cache import PagedCache, paged_encoder_decoder_cache
+
+    if not isinstance(built, EncoderDecoderCache):
+        return PagedCache(config)
+    if "_prepare_cache_for_generation" in _own_methods(type(model)):
+        # such a model goes on to build a cross-attention cache of its own
+        return EncoderDecoderCache(PagedCache(config), built.cross_attention_cache)
+    repeats = max(generation_config.num_beams, generation_config.num_return_sequences)
+    return paged_encoder_decoder_cache(config, batch_size=batch_size, repeats=repeats)
+
+
+def _own_methods(model_class: type) -> set[str]:
+    """Names that a model class or a base defines in front of GenerationMixin."""
+    order = model_class.__mro__
+    return {name for base in order[: order.index(GenerationMixin)] for name in vars(base)}
 
 
 DEFAULT_CACHE = Patch(

@@ -12,18 +12,24 @@ import torch
 
 if TYPE_CHECKING:
     from .page_group import PageGroup
+    from .page_groups import PageGroups
 
 _asked = threading.local()
 
 
 def expect_mask(group: "PageGroup", sizes: tuple[int, int]) -> None:
     """Notes that `group` was asked for `sizes`, (q_length, kv_length)."""
-    _asked.group, _asked.sizes = weakref.ref(group), sizes
+    _asked.group, _asked.sizes, _asked.cross = weakref.ref(group), sizes, None
+
+
+def expect_cross_mask(cross: "PageGroups") -> None:
+    """Notes that a mask over what `cross`, the groups of a cross-attention cache, holds may follow."""
+    _asked.cross = weakref.ref(cross)
 
 
 def expect_no_mask() -> None:
     """Forgets who was asked."""
-    _asked.group = None
+    _asked.group = _asked.cross = None
 
 
 def announce_mask(
@@ -36,9 +42,19 @@ def announce_mask(
     paged cache.
     """
     reference, sizes = getattr(_asked, "group", None), getattr(_asked, "sizes", None)
-    expect_no_mask()
+    _asked.group = None
     group = reference() if reference is not None else None
     if group is None or sizes != (q_length, kv_length):
         return False
     group.pending_mask, group.pending_window, group.is_announced = attention_mask, window_left, True
     return True
+
+
+def announce_cross_mask(attention_mask: torch.Tensor | None, kv_length: int) -> bool:
+    """Hands the mask over an encoder's columns, bool (batch, kv_length) or None, to the cross-attention cache.
+
+    Returns whether there is one for so many columns: it takes the mask when it stores them, and knows it from then on.
+    """
+    reference, _asked.cross = getattr(_asked, "cross", None), None
+    cross = reference() if reference is not None else None
+    return cross is not None and cross.take_cross_mask(attention_mask, kv_length)

@@ -30,8 +30,9 @@ class NewTokens:
         real: bool (batch, q_length), which of them are tokens; None where the device alone knows.
         counts: int64 (batch,), how many tokens a row gets; upper bounds where the device alone knows.
         floor: int64 (batch,), no row has fewer tokens stored.
-        cache_seqlens: int32 (batch,), each row's tokens after the forward, on its device; None: from `counts`.
+        cache_seqlens: int32 (batch,), each row's tokens after the forward, on its device.
         indices, cu_seqlens_q: as in `ForwardStep`.
+        repeats: each so many rows are alike: one of them is stored, the others share its blocks.
     """
 
     real: np.ndarray | None
@@ -40,6 +41,7 @@ class NewTokens:
     cache_seqlens: torch.Tensor
     indices: torch.Tensor | None
     cu_seqlens_q: torch.Tensor | None
+    repeats: int = 1
 
 
 class PageGroup:
@@ -80,6 +82,7 @@ class PageGroup:
         self.pending_window: int | None = None  # keys left of its own that its queries see at most
         self.is_announced = False
         self.keeps_to_window = False  # the last forward did
+        self.knows_mask = False  # as in the last step
         self._mask: torch.Tensor | None = None  # bool (batch, n <= columns), later columns are real; None: all real
         self._exact = True
         self._before: _Before | None = None  # the step; None once it can't be taken back
@@ -118,7 +121,13 @@ class PageGroup:
             # the forward's own tokens reach attention without the cache
             first = self._first_in_reach(new.counts) if self.columns == 0 else None
         self.manager.max_blocks = max_blocks
-        change = self.manager.append(new.counts, first)
+        if new.repeats == 1:
+            change = self.manager.append(new.counts, first)
+        else:
+            rows = np.arange(0, self.batch, new.repeats)
+            self.manager.start_rows(len(rows))
+            change = self.manager.append(new.counts[rows])
+            self.manager.select(np.arange(len(rows)).repeat(new.repeats))
         self._before = replace(self._before, change=change)
 
     def grow_pools(self) -> None:
@@ -134,7 +143,9 @@ class PageGroup:
             free = self.manager.blocks_free + len(change.blocks) - (self.manager.num_blocks - change.num_blocks)
             raise growth_error(error, len(change.blocks), free) from error
 
-    def begin(self, new: NewTokens, mask: torch.Tensor | None, q_length: int, device: torch.device) -> None:
+    def begin(
+        self, new: NewTokens, mask: torch.Tensor | None, q_length: int, device: torch.device, *, knows_mask: bool
+    ) -> None:
         """Makes the step that `plan` prepared: tables and slots on the device; `step` is it then."""
         change, start = self._before.change, self.columns
         self._cache_seqlens = new.cache_seqlens
@@ -143,8 +154,10 @@ class PageGroup:
             self._exact = False
             slots = self._slots_on_device(mask, block_table, self._before.cache_seqlens.to(device))
         else:
-            position = change.lengths[:, None] + np.cumsum(new.real, 1, dtype=np.int64) - 1
-            slots = to_device(self._slots(np.where(new.real, position, -1)).reshape(-1), device)
+            before = self.manager.lengths - new.counts
+            position = before[:, None] + np.cumsum(new.real, 1, dtype=np.int64) - 1
+            is_stored = new.real & (np.arange(self.batch) % new.repeats == 0)[:, None]
+            slots = to_device(self._slots(np.where(is_stored, position, -1)).reshape(-1), device)
         step = ForwardStep(
             start=start,
             end=start + q_length,
@@ -158,7 +171,9 @@ class PageGroup:
             indices=new.indices,
             cu_seqlens_q=new.cu_seqlens_q,
             copies=to_device(change.copies, device) if len(change.copies) else None,
+            knows_mask=knows_mask,
         )
+        self.knows_mask = knows_mask
         self._mask = mask if mask is not None else self._mask
         self.columns = step.end
         self.step = step
@@ -170,6 +185,26 @@ class PageGroup:
         block = block_table.gather(1, (before // self.block_size).long()[:, None])[:, 0]
         slots = block.long() * self.block_size + before % self.block_size
         return slots if mask is None else torch.where(mask[:, -1].to(slots.device), slots, -1)
+
+    @torch.inference_mode(False)
+    def current_step(self, device: torch.device) -> ForwardStep:
+        """The step under way; where rows have moved since, one of no new columns, to read what is stored."""
+        if self.step is None:
+            self._cache_seqlens = self._cache_seqlens.to(device)
+            self._block_table = to_device(self.manager.table, device)
+            self.step = ForwardStep(
+                start=self.columns,
+                end=self.columns,
+                batch=self.batch,
+                slot_mapping=torch.empty(0, dtype=torch.int64, device=device),
+                block_table=self._block_table,
+                cache_seqlens=self._cache_seqlens,
+                max_seqlen_k=int(self.manager.lengths.max(initial=0)),
+                max_seqlen_q=0,
+                num_blocks=self.manager.num_blocks,
+                knows_mask=self.knows_mask,
+            )
+        return self.step
 
     def _counts_on_device(self, mask: torch.Tensor | None, q_length: int, device: torch.device) -> bool:
         on_device = mask is not None and mask.is_cuda or not self._exact
@@ -230,6 +265,11 @@ class PageGroup:
             return None
         known = self._mask[:, : self.columns].cpu().numpy()
         return np.pad(known, ((0, 0), (0, self.columns - known.shape[1])), constant_values=True)
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether a mask has told of columns that may be padding."""
+        return self._mask is not None
 
     @property
     def is_exact(self) -> bool:

@@ -18,11 +18,19 @@ class PageGroups(list[PageGroup]):
     Args:
         groups: one or more, empty.
         max_memory: cap on the bytes of all groups together; None for none.
+
+    Attributes:
+        cross: the groups of the cross-attention cache beside this one; None for none.
+        is_cross: whether these hold an encoder's keys, which the queries of another sequence look at.
+        repeats: (rows, n), where `rows` rows are stored at once, each n of them are alike and share their blocks.
     """
 
     def __init__(self, groups: list[PageGroup], max_memory: int | None) -> None:
         super().__init__(groups)
         self.max_memory = max_memory
+        self.cross: PageGroups | None = None
+        self.is_cross = False
+        self.repeats = (0, 1)
         self._floor = LengthFloor()
 
     __hash__ = object.__hash__  # two caches are never the same one
@@ -34,6 +42,14 @@ class PageGroups(list[PageGroup]):
     @property
     def batch(self) -> int:
         return self[0].batch
+
+    def take_cross_mask(self, attention_mask: torch.Tensor | None, kv_length: int) -> bool:
+        """Keeps the mask over an encoder's columns until these are stored; whether it is known, then and later."""
+        if self.columns == 0:
+            for group in self:
+                group.pending_mask, group.is_announced = attention_mask, True
+            return True
+        return self.columns == kv_length and all(group.knows_mask for group in self)
 
     # ------------------------------------------------------------------------------------------------ one forward
 
@@ -52,6 +68,8 @@ class PageGroups(list[PageGroup]):
         mask = masks[0] if masks else None
         for group in self:
             group.forget_announcement()
+        if self.is_cross and mask is not None and mask.shape != (batch, q_length):
+            announced, mask = [], None  # of something else than these keys
         self._check(batch, mask, q_length)
         on_device = any(group._counts_on_device(mask, q_length, device) for group in self)
         if not on_device:
@@ -65,8 +83,7 @@ class PageGroups(list[PageGroup]):
             for group in self:
                 group.grow_pools()
             for group in self:
-                group.begin(new, mask, q_length, device)
-                group.step.knows_mask = bool(announced)
+                group.begin(new, mask, q_length, device, knows_mask=bool(announced))
         except BaseException:
             for group in planned:
                 group.undo(start)
@@ -108,12 +125,14 @@ class PageGroups(list[PageGroup]):
             real = on_host[:, self.columns :].numpy()
         counts = real.sum(1, dtype=np.int64)
         indices = cu_seqlens_q = None
-        if not real.all():
+        if not real.all() and not self.is_cross:  # the queries are none of these columns
             indices = to_device(np.flatnonzero(real), device)
             cu_seqlens_q = to_device(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32), device)
         lengths = first.manager.lengths
         cache_seqlens = to_device((lengths + counts).astype(np.int32), device)
-        return NewTokens(real, counts, self._floor.lengths, cache_seqlens, indices, cu_seqlens_q)
+        rows, repeats = self.repeats
+        repeats = repeats if self.columns == 0 and rows == batch else 1
+        return NewTokens(real, counts, self._floor.lengths, cache_seqlens, indices, cu_seqlens_q, repeats)
 
     def take_back(self, step: ForwardStep) -> None:
         """Forgets `step` if it is the last one begun: a forward that is refused half way leaves nothing behind."""

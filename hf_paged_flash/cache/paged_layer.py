@@ -8,6 +8,7 @@ from transformers.cache_utils import CacheLayerMixin
 from ..errors import PagedFlashError, UnsupportedFeatureError
 from .block_pool import BlockPool
 from .forward_step import ForwardStep
+from .mask_handoff import expect_cross_mask
 from .page_group import PageGroup
 from .page_groups import PageGroups
 from .paged_tensor import PagedTensor
@@ -54,11 +55,17 @@ class PagedLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> torch.Tensor | None:
-        return self._handle("key", None) if self._step is not None else None
+        return self._reread("key")
 
     @property
     def values(self) -> torch.Tensor | None:
-        return self._handle("value", None) if self._step is not None else None
+        return self._reread("value")
+
+    def _reread(self, kind: str) -> torch.Tensor | None:
+        # cross-attention reads its keys here after the first step, in whatever order the rows are by now
+        if self._step is not None and self.columns == self.group.columns:
+            self._step = self.group.current_step(self.device)
+        return self._handle(kind, None) if self._step is not None else None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.pool = BlockPool(self.group.block_size, key_states, value_states, self._dtype)
@@ -159,7 +166,10 @@ class PagedLayer(CacheLayerMixin):
         self.group.record_past = True
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.group.mask_sizes(query_length)
+        sizes = self.group.mask_sizes(query_length)
+        if self.groups.cross is not None:
+            expect_cross_mask(self.groups.cross)
+        return sizes
 
     def crop(self, tokens_to_remove: int) -> None:
         raise UnsupportedFeatureError("one layer can't be cropped, its blocks are shared: call `PagedCache.crop`")
