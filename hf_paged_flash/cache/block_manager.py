@@ -128,9 +128,10 @@ class BlockManager:
         self.references = self.references[:num_blocks]
         self.lengths, self.first, self.num_blocks = change.lengths, change.first, num_blocks
 
-    def blocks_needed(self, counts: np.ndarray) -> int:
-        """Blocks that `append(counts)` takes."""
-        added = -(-(self.lengths + counts) // self.block_size) - self.row_blocks()
+    def blocks_needed(self, counts: np.ndarray, first: np.ndarray | None = None) -> int:
+        """Blocks that `append(counts, first)` takes."""
+        held = self.row_blocks() if first is None else np.maximum(self.row_blocks(), first)
+        added = -(-(self.lengths + counts) // self.block_size) - held
         return int(added.sum()) + len(self._rows_to_copy(counts))
 
     def drop_front(self, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

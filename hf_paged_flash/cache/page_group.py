@@ -86,6 +86,7 @@ class PageGroup:
         self._mask: torch.Tensor | None = None  # bool (batch, n <= columns), later columns are real; None: all real
         self._exact = True
         self._before: _Before | None = None  # the step; None once it can't be taken back
+        self._first: np.ndarray | None = None  # of empty rows, the first block that the step stores tokens in
         self._cache_seqlens: torch.Tensor | None = None
         self._block_table: torch.Tensor | None = None
         self._dropped: list[tuple[np.ndarray, np.ndarray]] = []  # entries that `_block_table` has yet to lose
@@ -107,22 +108,29 @@ class PageGroup:
 
     # ------------------------------------------------------------------------------------------------ one forward
 
-    def plan(self, new: NewTokens, keeps_to_window: bool, max_blocks: int | None) -> None:
-        """Hands out blocks for a forward's new tokens; nothing on the device has changed yet.
+    def prepare(self, new: NewTokens, keeps_to_window: bool) -> None:
+        """Begins a step for a forward's new tokens, and gives back what its queries, and later ones, can't reach."""
+        self.keeps_to_window = keeps_to_window
+        self._before = _Before(None, self._mask, self._cache_seqlens, self._exact)
+        self._first = None
+        if keeps_to_window and not self.record_past:
+            self.give_back(new.floor)
+            # the forward's own tokens reach attention without the cache
+            self._first = self._first_in_reach(new.counts) if self.columns == 0 else None
+
+    def blocks_short(self, counts: np.ndarray) -> int:
+        """Blocks that `plan` must add to those that exist for `counts[b]` more tokens in each row."""
+        return max(self.manager.blocks_needed(counts, self._first) - self.manager.blocks_free, 0)
+
+    def plan(self, new: NewTokens, max_blocks: int | None) -> None:
+        """Hands out blocks for the new tokens; nothing on the device has changed yet.
 
         Raises:
             CacheFullError: no room under the cap of `max_blocks`.
         """
-        self.keeps_to_window = keeps_to_window
-        self._before = _Before(None, self._mask, self._cache_seqlens, self._exact)
-        first = None
-        if keeps_to_window and not self.record_past:
-            self.give_back(new.floor)
-            # the forward's own tokens reach attention without the cache
-            first = self._first_in_reach(new.counts) if self.columns == 0 else None
         self.manager.max_blocks = max_blocks
         if new.repeats == 1:
-            change = self.manager.append(new.counts, first)
+            change = self.manager.append(new.counts, self._first)
         else:
             rows = np.arange(0, self.batch, new.repeats)
             self.manager.start_rows(len(rows))
@@ -219,10 +227,6 @@ class PageGroup:
     def blocks_taken(self) -> int:
         """Blocks that the last step took."""
         return len(self._before.change.blocks)
-
-    def blocks_to_come(self, counts: np.ndarray) -> int:
-        """Blocks that `plan` will take for `counts[b]` more tokens in each row, at most."""
-        return self.manager.blocks_needed(counts)
 
     @property
     def can_undo(self) -> bool:
@@ -335,6 +339,7 @@ class PageGroup:
             return
         needed = np.maximum(lengths - (self.window - 1), 0)
         missing = needed < np.minimum(self.manager.first * self.block_size, lengths)
+        missing |= (lengths % self.block_size > 0) & (lengths // self.block_size < self.manager.first)
         if missing.any():
             row = int(np.flatnonzero(missing)[0])
             raise ArgumentError(

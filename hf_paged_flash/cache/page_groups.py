@@ -75,18 +75,19 @@ class PageGroups(list[PageGroup]):
         if not on_device:
             self.sync_lengths()
         new = self._new_tokens(mask, batch, q_length, device, on_device)
-        planned, start = [], self.columns
+        start = self.columns
+        for group, keeps_to_window in zip(self, keeps, strict=True):
+            group.prepare(new, keeps_to_window)
         try:
-            for group, keeps_to_window in zip(self, keeps, strict=True):
-                planned.append(group)
-                group.plan(new, keeps_to_window, self.cap(group, new.counts))
+            for index, group in enumerate(self):
+                to_come = [other.blocks_short(new.counts) for other in self[index + 1 :]]
+                group.plan(new, self.cap(group, [0] * (index + 1) + to_come))
             for group in self:
                 group.grow_pools()
             for group in self:
                 group.begin(new, mask, q_length, device, knows_mask=bool(announced))
         except BaseException:
-            for group in planned:
-                group.undo(start)
+            self._undo(start)
             raise
 
     def _check(self, batch: int, mask: torch.Tensor | None, q_length: int) -> None:
@@ -168,18 +169,18 @@ class PageGroups(list[PageGroup]):
         for group in self:
             group.undo(columns)
 
-    def cap(self, group: PageGroup, counts: np.ndarray | None = None) -> int | None:
+    def cap(self, group: PageGroup, to_come: list[int] | None = None) -> int | None:
         """The cap of `group` in blocks: its own, and what the others leave of `max_memory`; None for none.
 
-        With `counts` the others leave room for that many more tokens a row in them too.
+        `to_come`: blocks that each group is about to add, for which `group` leaves room.
         """
         if len(self) == 1 or self.max_memory is None:
             return group.pools.cap
-        taken = 0
-        for other in self:
-            if other is not group:
-                short = 0 if counts is None else max(other.blocks_to_come(counts) - other.manager.blocks_free, 0)
-                taken += (other.manager.num_blocks + short) * self._block_bytes(other)
+        taken = sum(
+            (other.manager.num_blocks + more) * self._block_bytes(other)
+            for other, more in zip(self, to_come or [0] * len(self), strict=True)
+            if other is not group
+        )
         caps = [] if group.pools.num_blocks is None else [group.pools.num_blocks]
         if block_bytes := self._block_bytes(group):
             caps.append(max((self.max_memory - taken) // block_bytes, 0))

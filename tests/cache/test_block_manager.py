@@ -17,6 +17,7 @@ def snapshot(manager: BlockManager) -> tuple:
     return (
         manager.num_blocks,
         manager.lengths.tolist(),
+        manager.first.tolist(),
         manager.table[:, : int(manager.row_blocks().max(initial=0))].tolist(),
         manager.references.tolist(),
         sorted(manager._free),
@@ -44,18 +45,34 @@ class Machine(RuleBasedStateMachine):
 
     def read(self, row: int) -> list[int]:
         size = self.manager.block_size
-        places = ((int(self.manager.table[row, i // size]), i % size) for i in range(int(self.manager.lengths[row])))
+        first, end = int(self.manager.first[row]) * size, int(self.manager.lengths[row])
+        places = ((int(self.manager.table[row, i // size]), i % size) for i in range(first, end))
         return [self.slots.get(place, UNWRITTEN) for place in places]
+
+    def draw_first(self, data, counts) -> np.ndarray | None:
+        """Of rows that are empty, a first block to store tokens in, now and then."""
+        if not data.draw(st.booleans()):
+            return None
+        size = self.manager.block_size
+        return np.array(
+            [
+                0 if tokens else data.draw(st.integers(0, count // size))
+                for tokens, count in zip(self.rows, counts, strict=True)
+            ]
+        )
 
     @rule(data=st.data())
     def append(self, data):
         counts = data.draw(st.lists(st.integers(0, 20), min_size=len(self.rows), max_size=len(self.rows)))
+        first, size = self.draw_first(data, counts), self.manager.block_size
         before = snapshot(self.manager)
+        needed = self.manager.blocks_needed(np.array(counts), first)
         try:
-            change = self.manager.append(np.array(counts, np.int64))
+            change = self.manager.append(np.array(counts, np.int64), first)
+            assert needed == len(change.blocks)
         except CacheFullError as error:
             assert snapshot(self.manager) == before
-            assert error.blocks_needed > error.blocks_free >= 0
+            assert needed == error.blocks_needed > error.blocks_free >= 0
             return
         for source, target in change.copies:
             for offset in range(self.manager.block_size):
@@ -63,17 +80,19 @@ class Machine(RuleBasedStateMachine):
         for row, count in enumerate(counts):
             for _ in range(count):
                 position, self.next_token = len(self.rows[row]), self.next_token + 1
-                block = int(self.manager.table[row, position // self.manager.block_size])
-                assert self.manager.references[block] == 1, "a row was given a shared block to write to"
-                self.slots[block, position % self.manager.block_size] = self.next_token
                 self.rows[row].append(self.next_token)
+                if position < self.manager.first[row] * size:
+                    continue
+                block = int(self.manager.table[row, position // size])
+                assert self.manager.references[block] == 1, "a row was given a shared block to write to"
+                self.slots[block, position % size] = self.next_token
 
     @rule(data=st.data())
     def append_and_undo(self, data):
         counts = data.draw(st.lists(st.integers(0, 20), min_size=len(self.rows), max_size=len(self.rows)))
         before = snapshot(self.manager)
         try:
-            change = self.manager.append(np.array(counts, np.int64))
+            change = self.manager.append(np.array(counts, np.int64), self.draw_first(data, counts))
         except CacheFullError:
             return
         # what a forward that failed half way may have written
@@ -89,9 +108,24 @@ class Machine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def truncate(self, data):
-        lengths = [data.draw(st.integers(0, len(tokens))) for tokens in self.rows]
+        stored = self.manager.first * self.manager.block_size
+        lengths = [
+            data.draw(st.one_of(st.just(0), st.integers(int(start), len(tokens))))
+            for start, tokens in zip(stored, self.rows, strict=True)
+        ]
         self.manager.truncate(np.array(lengths))
         self.rows = [tokens[:length] for tokens, length in zip(self.rows, lengths, strict=True)]
+
+    @rule(data=st.data())
+    def drop_front(self, data):
+        size = self.manager.block_size
+        first = np.array([data.draw(st.integers(0, len(tokens) // size)) for tokens in self.rows])
+        before, held, used = self.manager.table.copy(), self.manager.first, self.manager.blocks_used
+        rows, columns = self.manager.drop_front(first)
+        assert self.manager.first.tolist() == np.maximum(held, first).tolist()
+        assert (before[rows, columns] >= 0).all() and (self.manager.table[rows, columns] == -1).all()
+        assert len(rows) == int((before >= 0).sum() - (self.manager.table >= 0).sum())
+        assert self.manager.blocks_used <= used
 
     @rule(data=st.data())
     def select(self, data):
@@ -112,14 +146,16 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def rows_read_their_own_tokens(self):
         for row, tokens in enumerate(self.rows):
-            assert self.read(row) == tokens
+            assert self.read(row) == tokens[int(self.manager.first[row]) * self.manager.block_size :]
 
     @invariant()
     def tables_hold_what_lengths_need(self):
         manager = self.manager
         assert manager.lengths.tolist() == [len(tokens) for tokens in self.rows]
         needed = -(-manager.lengths // manager.block_size)
-        held = np.arange(manager.table.shape[1])[None, :] < needed[:, None]
+        columns = np.arange(manager.table.shape[1])[None, :]
+        held = (columns >= manager.first[:, None]) & (columns < needed[:, None])
+        assert (manager.first <= needed).all()
         assert (manager.table >= 0).tolist() == held.tolist()
 
     @invariant()
@@ -138,7 +174,7 @@ class Machine(RuleBasedStateMachine):
         places = {
             (int(self.manager.table[row, i // size]), i % size)
             for row in range(len(self.rows))
-            for i in range(int(self.manager.lengths[row]))
+            for i in range(int(self.manager.first[row]) * size, int(self.manager.lengths[row]))
         }
         assert self.manager.stored_tokens() == len(places)
 
