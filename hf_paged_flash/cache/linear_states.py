@@ -52,8 +52,10 @@ class PagedHybridLayer(LinearAttentionLayer, PagedLayer):
     def reset(self) -> None:
         PagedLayer.reset(self)
 
-    def get_max_length(self) -> int:
-        return -1
+    # of both states at once, as `PagedCache` does it
+    get_max_length, offload, prefetch, crop = (
+        PagedLayer.get_max_length, PagedLayer.offload, PagedLayer.prefetch, PagedLayer.crop,
+    )  # fmt: skip
 
 
 def states_of(layers: list) -> list[LinearAttentionCacheLayerMixin]:

@@ -23,6 +23,8 @@ class PageGroups(list[PageGroup]):
         cross: the groups of the cross-attention cache beside this one; None for none.
         is_cross: whether these hold an encoder's keys, which the queries of another sequence look at.
         repeats: (rows, n), where `rows` rows are stored at once, each n of them are alike and share their blocks.
+        states_changed: a layer's other state (linear attention, a convolution) has taken in this forward's tokens.
+        states_ahead: such a state holds tokens of a forward that was taken back.
     """
 
     def __init__(self, groups: list[PageGroup], max_memory: int | None) -> None:
@@ -31,6 +33,7 @@ class PageGroups(list[PageGroup]):
         self.cross: PageGroups | None = None
         self.is_cross = False
         self.repeats = (0, 1)
+        self.states_changed = self.states_ahead = False
         self._floor = LengthFloor()
 
     __hash__ = object.__hash__  # two caches are never the same one
@@ -166,6 +169,7 @@ class PageGroups(list[PageGroup]):
             raise growth_error(error, needed, group.manager.blocks_free) from error
 
     def _undo(self, columns: int) -> None:
+        self.states_ahead |= self.states_changed
         for group in self:
             group.undo(columns)
 
@@ -230,6 +234,7 @@ class PageGroups(list[PageGroup]):
 
     def clear(self) -> None:
         """Forgets every token and gives the memory back."""
+        self.states_changed = self.states_ahead = False
         for group in self:
             group.clear()
 

@@ -11,7 +11,7 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 
-from ..errors import ArgumentError, UnsupportedFeatureError
+from ..errors import ArgumentError, PagedFlashError, UnsupportedFeatureError
 from .linear_states import (
     PagedHybridLayer,
     check_crop_states,
@@ -174,6 +174,30 @@ class PagedCache(Cache):
             blocks_free=sum(manager.blocks_free for manager in managers),
             blocks_shared=sum(manager.blocks_shared for manager in managers),
         )
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """As in `Cache`, which every forward asks before its first layer.
+
+        Raises:
+            PagedFlashError: layers with another state than keys have taken in a forward that was refused later on.
+        """
+        if self.groups.states_ahead:
+            if self.groups.columns > 0:
+                raise PagedFlashError(
+                    "layers with linear attention or a convolution have taken in tokens of a forward that the cache "
+                    "refused: empty it with `reset()` and begin with the whole prompt"
+                )
+            reset_states(self.layers)
+        self.groups.states_ahead = self.groups.states_changed = False
+        return super().get_mask_sizes(query_length, layer_idx)
+
+    def update_conv_state(self, *args, **kwargs) -> torch.Tensor:
+        self.groups.states_changed = True
+        return super().update_conv_state(*args, **kwargs)
+
+    def update_recurrent_state(self, *args, **kwargs) -> torch.Tensor:
+        self.groups.states_changed = True
+        return super().update_recurrent_state(*args, **kwargs)
 
     @property
     def is_linear(self) -> list[bool]:
