@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import AutoConfig, DynamicCache
 
 from hf_paged_flash import ArgumentError, PagedCache
+from hf_paged_flash.cache import PagedLayer
 from hf_paged_flash.cache.page_group import PageGroup
 from tests.integration.models import attentive_config, held, load_pair, new_tokens
 from tests.tiny_models import ragged_batch, tiny_model
@@ -230,3 +231,50 @@ def test_rows_end_where_they_are_chosen(pair):
         position_ids = (longer.cumsum(1) - 1).clamp(min=0)
         expected = pair.eager(whole, attention_mask=longer, position_ids=position_ids).logits[:, -4:]
     torch.testing.assert_close(logits, expected, rtol=0, atol=5e-5)
+
+
+def test_layers_of_other_sizes_and_layers_that_share_keys():
+    """Gemma 4: global layers 512 wide with a KV head of their own, and layers that read an earlier one's keys."""
+    config = AutoConfig.for_model(
+        "gemma4_text",
+        vocab_size=97,
+        vocab_size_per_layer_input=97,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        global_head_dim=512,
+        num_global_key_value_heads=1,
+        attention_k_eq_v=True,
+        sliding_window=WINDOW,
+        num_kv_shared_layers=2,
+        hidden_size_per_layer_input=16,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=None,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    )
+    eager, paged = tiny_model(config, "eager"), tiny_model(config, "paged_flash")
+    input_ids, mask = ragged_batch(LENGTHS)
+    for options in ({}, {"num_beams": 4}, {"do_sample": True, "top_k": 0}):
+        outputs = []
+        for model in (eager, paged):
+            torch.manual_seed(5)
+            outputs.append(new_tokens(model, input_ids, mask, max_new_tokens=NEW, **options))
+        assert torch.equal(*outputs)
+    cache = PagedCache(config)
+    new_tokens(paged, input_ids, mask, max_new_tokens=NEW, past_key_values=cache)
+    assert [tuple(layer.pool.key.shape[2:]) for layer in cache.layers if isinstance(layer, PagedLayer)] == [
+        (2, 16),
+        (2, 16),
+        (1, 512),
+        (2, 16),
+    ]
+    lengths = [length + NEW - 1 for length in LENGTHS]
+    memory = cache.memory()
+    assert (memory.tokens, memory.blocks_used) == held(cache, lengths)
+    by_group = [group.manager.stored_tokens() for group in cache.groups]
+    assert memory.bytes_stored == 4 * (by_group[0] * 3 * 2 * 2 * 16 + by_group[1] * 2 * 512)
