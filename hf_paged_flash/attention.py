@@ -11,7 +11,7 @@ from . import rows
 from .backend import use_kernels
 from .cache import PagedTensor
 from .errors import PagedFlashError, UnsupportedFeatureError
-from .masks import are_chunks, masks_nothing, window_of
+from .masks import are_chunks, is_causal_by_itself, masks_nothing, window_of
 from .ops.validation import MAX_BACKWARD_HEAD_DIM, NO_WIDE_BACKWARD, check_dropout
 
 # Arguments that change what attention computes and that no path here applies: {name: what it is}
@@ -94,7 +94,8 @@ def paged_flash_attention_forward(
         _refuse_beside_offsets(key, attention_mask, position_bias)
     # a matrix says all: no causal mask or window comes on top
     is_matrix = attention_mask is not None and attention_mask.dim() == 4
-    causal = not is_matrix and bool(is_causal if is_causal is not None else getattr(module, "is_causal", True))
+    causal = bool(is_causal if is_causal is not None else getattr(module, "is_causal", True))
+    causal = not is_matrix and (causal or is_causal_by_itself(attention_mask))
     window = -1 if sliding_window is None else sliding_window - 1
     window_left, window_right = (-1, -1) if is_matrix else window_of(attention_mask) or (window, window)
     dropout = float(dropout) if module.training else 0.0

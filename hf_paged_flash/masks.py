@@ -10,6 +10,7 @@ function as an argument of the layer; what is left is handed over as
 
 With a sliding window it is always a tensor, and has the window as an attribute (`window_of`): not every layer that
 slides says so (Qwen2-MoE, Phi-MoE), and two-sided windows are one key wider here than in the layers' `sliding_window`.
+Causality is noted likewise where layers deny it that a mask makes causal (PaliGemma after its prefix).
 
 What none of these can carry (image blocks in a text, chunks over cached keys, mask functions of the user's) becomes a
 matrix, bool (B, 1, q_length, kv_length), built by transformers' own mask functions: such models pay for it everywhere.
@@ -27,7 +28,7 @@ from .ops import library
 
 _aten = torch.ops.aten
 _COPIES = {_aten._to_copy.default, _aten.detach.default, _aten.alias.default, _aten.clone.default}
-_NOTES = ("_paged_flash_window", "_paged_flash_masks_nothing", "_paged_flash_are_chunks")
+_NOTES = ("_paged_flash_window", "_paged_flash_is_causal", "_paged_flash_masks_nothing", "_paged_flash_are_chunks")
 
 
 @dataclass
@@ -126,8 +127,13 @@ def window_of(mask: torch.Tensor | None) -> tuple[int, int] | None:
     return getattr(mask, "_paged_flash_window", None)
 
 
+def is_causal_by_itself(mask: torch.Tensor | None) -> bool:
+    """Whether a mask's pattern is causal, whatever the layer says (PaliGemma's say that they are not)."""
+    return getattr(mask, "_paged_flash_is_causal", False)
+
+
 def masks_nothing(mask: torch.Tensor | None) -> bool:
-    """Whether a mask is there for its window alone."""
+    """Whether a mask is there for what is noted on it alone."""
     return mask is None or getattr(mask, "_paged_flash_masks_nothing", False)
 
 
@@ -160,6 +166,8 @@ def paged_flash_mask(
     sizes = batch_size, q_length, kv_length, q_offset, kv_offset
     pattern = _pattern(mask_function)
     _settle_segments(pattern, attention_mask, sizes, kwargs.get("use_vmap", False))
+    if isinstance(attention_mask, _Annotated):
+        attention_mask = attention_mask._mask  # a composite model passes on what it got from here
     if attention_mask is not None:
         attention_mask = attention_mask.clone()  # kept beyond this call: a bool mask may be the user's own tensor
     keeps_to_window = pattern.window is not None and pattern.causal and not pattern.needs_matrix
@@ -181,12 +189,13 @@ def paged_flash_mask(
         mask = attention_mask
     else:
         mask = _padding(attention_mask, sizes, pattern.causal, kwargs.get("device"))
-    if pattern.window is None:
-        return mask
-    if mask is not None:
-        return _annotated(mask, _paged_flash_window=pattern.window)
-    mask = torch.ones(1, 1, dtype=torch.bool, device=kwargs.get("device")).expand(batch_size, kv_length)
-    return _annotated(mask, _paged_flash_window=pattern.window, _paged_flash_masks_nothing=True)
+    notes = {} if pattern.window is None else {"_paged_flash_window": pattern.window}
+    if pattern.causal and getattr(kwargs.get("config"), "use_bidirectional_attention", False):
+        notes["_paged_flash_is_causal"] = True  # its layers say that they are not
+    if notes and mask is None:
+        mask = torch.ones(1, 1, dtype=torch.bool, device=kwargs.get("device")).expand(batch_size, kv_length)
+        notes["_paged_flash_masks_nothing"] = True
+    return _annotated(mask, **notes) if notes else mask
 
 
 def _fits_window(window: tuple[int, int], attention_mask: torch.Tensor | None, sizes: tuple) -> bool:
