@@ -10,7 +10,9 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from hf_paged_flash import PagedCache, counters
+from hf_paged_flash.cache import paged_encoder_decoder_cache
 from tests.integration.models import DENSE, LENGTHS, attentive_config, new_tokens
+from tests.integration.test_encoder_decoder import generate, inputs_for, make
 from tests.tiny_models import MODEL_TYPES, ragged_batch, tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -148,13 +150,69 @@ def test_decode_steps_never_wait_for_the_device(model_type, masked, no_host_sync
     masks = [None if mask is None else mask[:, : column + 1] for column in range(columns)]
     model(input_ids[:, :prompt], attention_mask=masks[prompt - 1], past_key_values=cache)
     model(new[prompt], attention_mask=masks[prompt], past_key_values=cache)  # compiles
-    blocks = cache.group.manager.num_blocks
+    blocks = cache.group.manager.row_blocks().sum()
     no_host_sync()
     for column in range(prompt + 1, columns):
         logits = model(new[column], attention_mask=masks[column], past_key_values=cache).logits
     torch.cuda.set_sync_debug_mode("default")
-    assert cache.group.manager.num_blocks > blocks, "no row went on to a new block: the steps that grow went untested"
+    assert cache.group.manager.row_blocks().sum() > blocks, "no row went on to a new block: that went untested"
     whole = model(input_ids, attention_mask=mask, use_cache=False).logits
+    torch.testing.assert_close(logits[:, -1], whole[:, -1], rtol=0.0, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "gemma3_text", "gpt_oss"])
+@torch.no_grad()
+def test_a_window_gives_back_without_waiting_for_the_device(model_type, no_host_sync):
+    """The lengths are on the device: lower bounds come back some steps late, and blocks go by them."""
+    model = _model(model_type, "paged_flash", torch.float32)
+    input_ids, mask = (x.to(DEVICE) for x in ragged_batch([length + 100 for length in PROMPTS], "left"))
+    prompt, columns = max(PROMPTS), input_ids.shape[1]
+    cache = PagedCache(model.config)
+    group = next(group for group in cache.groups if group.window is not None)
+    steps = [(input_ids[:, column : column + 1], mask[:, : column + 1]) for column in range(columns)]
+    model(input_ids[:, :prompt], attention_mask=mask[:, :prompt], past_key_values=cache)
+    model(steps[prompt][0], attention_mask=steps[prompt][1], past_key_values=cache)  # compiles
+    used = []
+    no_host_sync()
+    for token, token_mask in steps[prompt + 1 :]:
+        logits = model(token, attention_mask=token_mask, past_key_values=cache).logits
+        used.append(group.manager.blocks_used)
+    torch.cuda.set_sync_debug_mode("default")
+    # 12 tokens lie in two blocks at most; a row may keep one or two more until its bound comes back
+    assert max(used) <= 4 * 4 and group.has_given_back
+    assert cache.memory().blocks_used < sum(-(-int(n) // 16) for n in mask.sum(1)) * len(cache.groups)
+    whole = model(input_ids, attention_mask=mask, use_cache=False).logits
+    torch.testing.assert_close(logits[:, -1], whole[:, -1], rtol=0.0, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ["bart", "whisper", "t5"])
+def test_encoder_decoder_tokens_equal_eagers(model_type):
+    eager, paged = (make(model_type, name).to(DEVICE) for name in ("eager", "paged_flash"))
+    inputs = {name: x.to(DEVICE) for name, x in inputs_for(model_type).items()}
+    for options in ({}, {"num_beams": 4}):
+        assert torch.equal(generate(paged, inputs, **options), generate(eager, inputs, **options))
+    assert counters().reference_total == 0
+
+
+@torch.no_grad()
+def test_decode_steps_of_an_encoder_decoder_model_never_wait(no_host_sync):
+    model = make("bart", "paged_flash").to(DEVICE)
+    inputs = {name: x.to(DEVICE) for name, x in inputs_for("bart").items()}
+    cache = paged_encoder_decoder_cache(model.config, batch_size=3)
+    encoded = model.get_encoder()(**inputs)
+    tokens = ragged_batch([40] * 3, None, seed=2)[0].to(DEVICE)
+    new = [tokens[:, column : column + 1] for column in range(40)]
+    options = {"encoder_outputs": encoded, "attention_mask": inputs["attention_mask"], "past_key_values": cache}
+    for column in range(2):  # compiles
+        model(decoder_input_ids=new[column], **options)
+    no_host_sync()
+    for column in range(2, 40):
+        logits = model(decoder_input_ids=new[column], **options).logits
+    torch.cuda.set_sync_debug_mode("default")
+    assert cache.cross_attention_cache.memory().tokens == int(inputs["attention_mask"].sum())
+    assert counters().dense_gather_total == 0
+    options |= {"past_key_values": None, "use_cache": False}
+    whole = model(decoder_input_ids=tokens, **options).logits
     torch.testing.assert_close(logits[:, -1], whole[:, -1], rtol=0.0, atol=1e-4)
 
 
