@@ -171,11 +171,12 @@ class TestUndo:
     def test_unregister_restores_transformers_exactly(self):
         program = """
 import transformers
-from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin, PreTrainedModel
-from transformers import masking_utils, modeling_flash_attention_utils as flash_utils
+from transformers import AttentionInterface, AttentionMaskInterface, EncoderDecoderCache, GenerationMixin
+from transformers import PreTrainedModel, masking_utils, modeling_flash_attention_utils as flash_utils
 from transformers.generation.continuous_batching.continuous_api import ContinuousMixin
 from transformers.models.pixtral import modeling_pixtral
 owners = [flash_utils, GenerationMixin, PreTrainedModel, ContinuousMixin, masking_utils, modeling_pixtral]
+owners.append(EncoderDecoderCache)
 def state():
     return [dict(vars(owner)) for owner in owners] + [
         dict(AttentionInterface._global_mapping), dict(AttentionMaskInterface._global_mapping)
