@@ -12,6 +12,28 @@ def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
+@dataclass(frozen=True)
+class NewTokens:
+    """What a forward's mask says about its new columns, for all groups alike.
+
+    Attributes:
+        real: bool (batch, q_length), which of them are tokens; None where the device alone knows.
+        counts: int64 (batch,), how many tokens a row gets; upper bounds where the device alone knows.
+        floor: int64 (batch,), no row has fewer tokens stored.
+        cache_seqlens: int32 (batch,), each row's tokens after the forward, on its device.
+        indices, cu_seqlens_q: as in `ForwardStep`.
+        repeats: each so many rows are alike: one of them is stored, the others share its blocks.
+    """
+
+    real: np.ndarray | None
+    counts: np.ndarray
+    floor: np.ndarray
+    cache_seqlens: torch.Tensor
+    indices: torch.Tensor | None
+    cu_seqlens_q: torch.Tensor | None
+    repeats: int = 1
+
+
 @dataclass
 class ForwardStep:
     """Columns `start .. end` of a batch, and where their tokens go.

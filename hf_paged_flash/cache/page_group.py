@@ -5,11 +5,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from ..errors import ArgumentError, UnsupportedFeatureError
+from ..errors import ArgumentError
 from .block_manager import Append, BlockManager
-from .forward_step import ForwardStep, to_device
+from .forward_step import ForwardStep, NewTokens, to_device
 from .layer_pools import LayerPools, growth_error
 from .mask_handoff import expect_mask
+from .window import check_reach, check_truncate, first_in_reach
 
 
 @dataclass(frozen=True)
@@ -20,28 +21,6 @@ class _Before:
     mask: torch.Tensor | None
     cache_seqlens: torch.Tensor | None
     exact: bool
-
-
-@dataclass(frozen=True)
-class NewTokens:
-    """What a forward's mask says about its new columns, for all groups alike.
-
-    Attributes:
-        real: bool (batch, q_length), which of them are tokens; None where the device alone knows.
-        counts: int64 (batch,), how many tokens a row gets; upper bounds where the device alone knows.
-        floor: int64 (batch,), no row has fewer tokens stored.
-        cache_seqlens: int32 (batch,), each row's tokens after the forward, on its device.
-        indices, cu_seqlens_q: as in `ForwardStep`.
-        repeats: each so many rows are alike: one of them is stored, the others share its blocks.
-    """
-
-    real: np.ndarray | None
-    counts: np.ndarray
-    floor: np.ndarray
-    cache_seqlens: torch.Tensor
-    indices: torch.Tensor | None
-    cu_seqlens_q: torch.Tensor | None
-    repeats: int = 1
 
 
 class PageGroup:
@@ -116,7 +95,8 @@ class PageGroup:
         if keeps_to_window and not self.record_past:
             self.give_back(new.floor)
             # the forward's own tokens reach attention without the cache
-            self._first = self._first_in_reach(new.counts) if self.columns == 0 else None
+            if self.columns == 0:
+                self._first = first_in_reach(new.counts, self.window, self.block_size)
 
     def blocks_short(self, counts: np.ndarray) -> int:
         """Blocks that `plan` must add to those that exist for `counts[b]` more tokens in each row."""
@@ -304,13 +284,9 @@ class PageGroup:
         slots[row, column] = blocks * self.block_size + position % self.block_size
         return slots
 
-    def _first_in_reach(self, lengths: np.ndarray) -> np.ndarray:
-        """The first block of each row that the query after `lengths[b]` tokens, or a later one, sees."""
-        return np.maximum(lengths - (self.window - 1), 0) // self.block_size
-
     def give_back(self, lengths: np.ndarray) -> None:
         """Gives back what no query after `lengths[b]` tokens can reach; no row has fewer."""
-        dropped = self.manager.drop_front(self._first_in_reach(lengths))
+        dropped = self.manager.drop_front(first_in_reach(lengths, self.window, self.block_size))
         if len(dropped[0]):
             self._dropped.append(dropped)
 
@@ -321,12 +297,8 @@ class PageGroup:
 
     def check_reach(self, window_left: int) -> None:
         """Raises UnsupportedFeatureError where queries see further back (-1: to the start) than tokens are kept."""
-        if self.has_given_back and not 0 <= window_left < self.window:
-            reach = "all tokens" if window_left < 0 else f"{window_left + 1} tokens"
-            raise UnsupportedFeatureError(
-                f"a layer attends to {reach}, of which the paged cache has kept the last {self.window}, as earlier "
-                "forwards said: keep to one attention pattern, or start a new cache"
-            )
+        if self.has_given_back:
+            check_reach(window_left, self.window)
 
     def lengths_at(self, columns: int) -> np.ndarray:
         """Tokens of each row in the first `columns` columns, int64 (batch,). Waits for the device."""
@@ -335,19 +307,8 @@ class PageGroup:
 
     def check_truncate(self, lengths: np.ndarray) -> None:
         """Raises ArgumentError where rows cut to `lengths` would see tokens that have been given back."""
-        if self.window is None:
-            return
-        needed = np.maximum(lengths - (self.window - 1), 0)
-        missing = needed < np.minimum(self.manager.first * self.block_size, lengths)
-        missing |= (lengths % self.block_size > 0) & (lengths // self.block_size < self.manager.first)
-        if missing.any():
-            row = int(np.flatnonzero(missing)[0])
-            raise ArgumentError(
-                f"the paged cache can't be cropped that far: row {row} would be {int(lengths[row])} tokens long, and "
-                f"its layers with a sliding window of {self.window} have given back tokens from there on. Call "
-                "`activate_past_recording()` on the cache before the forwards that a crop may take back, or start a "
-                "new cache. This one is as it was"
-            )
+        if self.window is not None:
+            check_truncate(lengths, self.manager.first, self.window, self.block_size)
 
     def truncate(self, columns: int, lengths: np.ndarray) -> None:
         """Drops all columns from `columns` on, which leaves `lengths`, and the blocks behind them."""

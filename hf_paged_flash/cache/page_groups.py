@@ -5,11 +5,11 @@ import torch
 
 from ..errors import ArgumentError, CacheFullError
 from .block_pool import BlockPool
-from .forward_step import ForwardStep, to_device
+from .forward_step import ForwardStep, NewTokens, to_device
 from .layer_pools import growth_error
 from .length_floor import LengthFloor
 from .mask_handoff import expect_no_mask
-from .page_group import NewTokens, PageGroup
+from .page_group import PageGroup
 
 
 class PageGroups(list[PageGroup]):
