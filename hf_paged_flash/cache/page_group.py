@@ -62,6 +62,7 @@ class PageGroup:
         self.is_announced = False
         self.keeps_to_window = False  # the last forward did
         self.knows_mask = False  # as in the last step
+        self.has_padding = False  # some column is known to be padding
         self._mask: torch.Tensor | None = None  # bool (batch, n <= columns), later columns are real; None: all real
         self._exact = True
         self._before: _Before | None = None  # the step; None once it can't be taken back
@@ -144,6 +145,7 @@ class PageGroup:
         else:
             before = self.manager.lengths - new.counts
             position = before[:, None] + np.cumsum(new.real, 1, dtype=np.int64) - 1
+            self.has_padding |= not new.real.all()
             is_stored = new.real & (np.arange(self.batch) % new.repeats == 0)[:, None]
             slots = to_device(self._slots(np.where(is_stored, position, -1)).reshape(-1), device)
         step = ForwardStep(
@@ -249,11 +251,6 @@ class PageGroup:
             return None
         known = self._mask[:, : self.columns].cpu().numpy()
         return np.pad(known, ((0, 0), (0, self.columns - known.shape[1])), constant_values=True)
-
-    @property
-    def has_padding(self) -> bool:
-        """Whether a mask has told of columns that may be padding."""
-        return self._mask is not None
 
     @property
     def is_exact(self) -> bool:
