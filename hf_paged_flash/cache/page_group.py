@@ -75,6 +75,11 @@ class PageGroup:
     def batch(self) -> int:
         return len(self.manager.lengths)
 
+    @property
+    def blocks_used(self) -> int:
+        """Blocks that hold tokens."""
+        return self.manager.blocks_used
+
     def mask_sizes(self, q_length: int) -> tuple[int, int]:
         """(kv_length, kv_offset) for transformers' masks, and notice of the mask that follows."""
         kv_length = self.columns + q_length

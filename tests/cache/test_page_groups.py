@@ -75,9 +75,9 @@ class TestWindows:
         forward(cache, 700)
         for _ in range(4096):
             forward(cache, 1)
-            used.append(sliding.manager.blocks_used)
+            used.append(sliding.blocks_used)
         assert set(used) == {512 // 16 + 1, 512 // 16}
-        assert full.manager.blocks_used == -(-4796 // 16)
+        assert full.blocks_used == -(-4796 // 16)
         assert sliding.pools.bytes_reserved <= (512 // 16 + 2) * BLOCK_BYTES
         # the last query saw tokens 4284 to 4795
         assert kept(sliding) == [(4284 // 16 * 16, 4796)]
@@ -88,7 +88,7 @@ class TestWindows:
         memory = cache.memory()
         assert memory.tokens == 4796
         assert memory.bytes_stored == (4796 + 4796 - 4284 // 16 * 16) * BLOCK_BYTES // 16
-        assert memory.blocks_used == full.manager.blocks_used + sliding.manager.blocks_used
+        assert memory.blocks_used == full.blocks_used + sliding.blocks_used
 
     @pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 33])
     def test_every_length(self, window):

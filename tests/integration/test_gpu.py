@@ -176,7 +176,7 @@ def test_a_window_gives_back_without_waiting_for_the_device(model_type, no_host_
     no_host_sync()
     for token, token_mask in steps[prompt + 1 :]:
         logits = model(token, attention_mask=token_mask, past_key_values=cache).logits
-        used.append(group.manager.blocks_used)
+        used.append(group.blocks_used)
     torch.cuda.set_sync_debug_mode("default")
     # 12 tokens lie in two blocks at most; a row may keep one or two more until its bound comes back
     assert max(used) <= 4 * 4 and group.has_given_back

@@ -71,7 +71,7 @@ def test_images_then_text(pairs, model_type, method):
     windows = [group for group in cache.groups if group.window is not None]
     assert len(windows) == (model_type == "gemma3")
     # blocks of image tokens see beyond the window in the prompt, and nothing does afterwards
-    assert all((group.manager.blocks_used <= 2 * group.batch) and group.has_given_back for group in windows)
+    assert all((group.blocks_used <= 2 * group.batch) and group.has_given_back for group in windows)
 
 
 def test_a_conversation_about_images(pairs):

@@ -98,7 +98,7 @@ def test_memory_stays_flat(pair):
             step = input_ids if start == 30 else torch.full((4, 1), start % 90 + 2)
             mask = mask if start == 30 else torch.cat([mask, mask.new_ones(4, 1)], 1)
             pair.paged(step, attention_mask=mask, past_key_values=cache)
-            used.append(sliding(cache).manager.blocks_used)
+            used.append(sliding(cache).blocks_used)
     assert max(used) <= 4 * 2  # a window of 8 lies in two blocks of 16 at most
     assert cache.memory().blocks_used == held(cache, mask.sum(1).tolist())[1]
     assert sliding(cache).pools.bytes_reserved <= 10 * sliding(cache).pools.block_bytes
@@ -113,7 +113,7 @@ def test_a_long_prompt_leaves_its_last_tokens_alone(pair):
     real = mask.bool()
     torch.testing.assert_close(logits[real], expected[real], rtol=0, atol=5e-5)
     group = sliding(cache)
-    assert group.manager.blocks_used == 2
+    assert group.blocks_used == 2
     assert group.pools.bytes_reserved == 2 * group.pools.block_bytes
 
 
@@ -214,7 +214,7 @@ def test_several_turns(pair):
         answer = new_tokens(pair.paged, input_ids, mask, past_key_values=cache, max_new_tokens=20)
         assert torch.equal(answer, new_tokens(pair.eager, input_ids, mask, max_new_tokens=20))
         input_ids, mask = torch.cat([input_ids, answer], 1), torch.cat([mask, torch.ones_like(answer)], 1)
-    assert sliding(cache).manager.blocks_used <= 2 * 2
+    assert sliding(cache).blocks_used <= 2 * 2
 
 
 def test_rows_end_where_they_are_chosen(pair):
@@ -276,5 +276,5 @@ def test_layers_of_other_sizes_and_layers_that_share_keys():
     lengths = [length + NEW - 1 for length in LENGTHS]
     memory = cache.memory()
     assert (memory.tokens, memory.blocks_used) == held(cache, lengths)
-    by_group = [group.manager.stored_tokens() for group in cache.groups]
-    assert memory.bytes_stored == 4 * (by_group[0] * 3 * 2 * 2 * 16 + by_group[1] * 2 * 512)
+    sliding_tokens = sum(length - max(length - WINDOW, 0) // 16 * 16 for length in lengths)
+    assert memory.bytes_stored == 4 * (sliding_tokens * 3 * 2 * 2 * 16 + sum(lengths) * 2 * 512)
