@@ -16,6 +16,7 @@ from importlib import import_module
 
 import torch
 from torch.library import Library, register_autograd, register_fake
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from hf_paged_flash.backend import count, use_kernels
 from hf_paged_flash.errors import UnsupportedFeatureError
@@ -207,7 +208,9 @@ def _differentiate(ctx, dout, dlse):
     gradients = [None] * (len(saved) - 2)
     dout = torch.zeros_like(out) if dout is None else dout
     bias_needs_grad = len(ctx.needs_input_grad) > 8 and ctx.needs_input_grad[8]
-    dq, dk, dv, ds_aux, dbias = flash_backward(
+    # under create_graph only the operator knows that there is no second derivative
+    run = _flash_backward if not torch.is_grad_enabled() and _nobody_watches(dout, q) else flash_backward
+    dq, dk, dv, ds_aux, dbias = run(
         dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_k, *modifiers,
         bias_needs_grad=bias_needs_grad, **ctx.options,
     )  # fmt: skip
@@ -227,15 +230,16 @@ register_autograd("hf_paged_flash::flash_backward", _refuse_second_derivative, l
 
 
 class _FlashAttention(torch.autograd.Function):
-    """`flash_forward`'s autograd once more, without what torch adds for operators in Python."""
+    """`flash_forward`'s autograd once more, without what torch adds for operators in Python.
+
+    One `forward` with a context: beside a `setup_context` torch would inspect the signature in every call.
+    """
 
     @staticmethod
-    def forward(*arguments):
-        return flash_forward(*arguments[:-1], **arguments[-1])
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _save_for_backward(ctx, inputs[:-1], inputs[-1], output)
+    def forward(ctx, *arguments):
+        output = _flash_forward(*arguments[:-1], **arguments[-1])
+        _save_for_backward(ctx, arguments[:-1], arguments[-1], output)
+        return output
 
     @staticmethod
     def backward(ctx, dout, dlse):
@@ -243,11 +247,21 @@ class _FlashAttention(torch.autograd.Function):
         return *gradients, *[None] * (len(ctx.needs_input_grad) - len(gradients))
 
 
+def _nobody_watches(*tensors: torch.Tensor) -> bool:
+    """Whether a call may pass by torch's dispatcher: nothing traces, counts or transforms operators, or has its own."""
+    return (
+        not torch.compiler.is_compiling()
+        and not is_in_torch_dispatch_mode()
+        and not torch._C._are_functorch_transforms_active()
+        and all(type(x) is torch.Tensor or type(x) is torch.nn.Parameter for x in tensors)
+    )
+
+
 def flash_attention(
     q, k, v, *, cu_seqlens_q=None, cu_seqlens_k=None, seqused_k=None, block_table=None, s_aux=None, bias=None,
     alibi_slopes=None, dropout_seed=None, packed_lengths=None, deterministic=False, **options,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """The operator `flash_forward`, in a training step that nothing traces with less work for the host.
+    """The operator `flash_forward`, with less work for the host where nobody watches operators.
 
     Same arguments and results; `torch.use_deterministic_algorithms(True)` makes every call `deterministic`. Looking up
     the operator's defaults alone takes torch as long as a launch, in every layer.
@@ -257,8 +271,10 @@ def flash_attention(
         q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, s_aux, bias, alibi_slopes, dropout_seed,
         packed_lengths,
     )  # fmt: skip
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not any_requires_grad(q, k, v, s_aux, bias):
+    if not _nobody_watches(q, k, v):
         return flash_forward(*tensors, **options)
+    if not torch.is_grad_enabled() or not any_requires_grad(q, k, v, s_aux, bias):
+        return _flash_forward(*tensors, **options)
     return _FlashAttention.apply(*tensors, options)
 
 
