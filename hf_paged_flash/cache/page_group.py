@@ -11,6 +11,7 @@ from .block_pool import BlockPool
 from .forward_step import ForwardStep, to_device
 from .layer_pools import LayerPools, growth_error
 from .mask_handoff import expect_mask, expect_no_mask
+from .page_store import PageStore
 
 
 @dataclass(frozen=True)
@@ -31,15 +32,17 @@ class PageGroup:
     `memory()` reads the truth. Blocks are handed out by the bounds: at most one too many a row.
     """
 
-    def __init__(self, block_size: int, num_layers: int, num_blocks: int | None, max_memory: int | None) -> None:
-        self.block_size = block_size
-        self.pools = LayerPools(num_layers, num_blocks, max_memory)
-        self.clear()
+    def __init__(self, store: PageStore) -> None:
+        self.store = store
+        store.groups.add(self)
+        self._start()
 
-    def clear(self) -> None:
-        """Forgets every token and gives the memory back."""
-        self.manager = BlockManager(self.block_size, self.pools.num_blocks)
-        self.pools.clear()
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self.store.groups.add(self)
+
+    def _start(self) -> None:
+        self.manager = BlockManager(self.block_size, blocks=self.store.blocks)
         self.columns = 0
         self.layer_columns: dict[int, int] = {}  # columns that each layer has stored, by layer index
         self.step: ForwardStep | None = None
@@ -50,6 +53,21 @@ class PageGroup:
         self._before: _Before | None = None  # the step; None once it can't be taken back
         self._cache_seqlens: torch.Tensor | None = None
         self._block_table: torch.Tensor | None = None
+
+    def clear(self) -> None:
+        """Forgets every token and gives the memory back, as soon as no fork has a token either."""
+        self.manager.start_rows(0)
+        if self.store.give_back() and len(self.store.groups) == 1:
+            self.pools.clear()  # what comes next may have another dtype or device
+        self._start()
+
+    @property
+    def block_size(self) -> int:
+        return self.store.blocks.block_size
+
+    @property
+    def pools(self) -> LayerPools:
+        return self.store.pools
 
     @property
     def batch(self) -> int:
@@ -94,7 +112,7 @@ class PageGroup:
         try:
             step = self._decode_on_device(mask, device) if on_device else self._step_on_host(mask, q_length, device)
         except BaseException:
-            self._undo(self.columns)
+            self._refuse(self.columns)
             raise
         self._mask = mask if mask is not None else self._mask
         step.knows_mask, self.is_announced = self.is_announced, False
@@ -108,10 +126,10 @@ class PageGroup:
 
     def take_back(self, step: ForwardStep) -> None:
         """Forgets `step` if it is the last one begun: a forward that is refused half way leaves nothing behind."""
-        if step is self.step and self._before is not None:
-            self._undo(step.start)
-        elif step is self.step:
+        if step is self.step:
             self.truncate(step.start)
+            if step.start == 0:
+                self.store.give_back()
 
     def join_pool(self, pool: BlockPool, step: ForwardStep) -> None:
         """Makes room in the pool of a layer that stores for the first time; the others grow in `begin`.
@@ -121,7 +139,7 @@ class PageGroup:
         """
         blocks, cap = self.manager.num_blocks, self.pools.cap
         if cap is not None and blocks > cap:  # layers differ in size, and the first ones were the smaller ones
-            self._undo(step.start)
+            self._refuse(step.start)
             raise CacheFullError(
                 f"the paged cache is full: {blocks} blocks take more than the {self.pools.max_memory} bytes of "
                 "`max_memory`. The tokens stored before this forward are intact: raise it, shorten or split the batch",
@@ -132,29 +150,35 @@ class PageGroup:
             pool.grow(step.num_blocks)
         except BaseException as error:
             needed = len(self._before.change.blocks)
-            self._undo(step.start)
-            raise growth_error(error, needed, self.manager.blocks_free) from error
+            self._refuse(step.start)
+            raise growth_error(error, needed, self.store.blocks.blocks_free) from error
 
     def _append(self, counts: np.ndarray) -> Append:
-        """`manager.append`, with the layers' pools grown to match."""
-        self.manager.max_blocks = self.pools.cap
+        """`manager.append`, with the layers' pools grown to match and shared blocks copied for those who write."""
+        self.store.blocks.max_blocks = self.pools.cap
         change = self.manager.append(counts)
         self._before = replace(self._before, change=change)
         try:
             self.pools.grow(self.manager.num_blocks)
         except BaseException as error:
-            free = self.manager.blocks_free + len(change.blocks) - (self.manager.num_blocks - change.num_blocks)
+            added = self.manager.num_blocks - change.num_blocks
+            free = self.store.blocks.blocks_free + len(change.blocks) - added
             raise growth_error(error, len(change.blocks), free) from error
+        if len(change.copies):
+            self.pools.copy_blocks(change.copies)
         return change
+
+    def _refuse(self, columns: int) -> None:
+        """Undoes the step that has begun at `columns`, which was too large; the next forward may be smaller."""
+        self._undo(columns)
+        if columns == 0:
+            self.store.give_back()
 
     def _undo(self, columns: int) -> None:
         """Takes back the step that has begun at `columns`: what layers stored for it is forgotten."""
         before = self._before
         if before.change is not None:
             self.manager.undo(before.change, self.pools.room)
-            if columns == 0:
-                self.pools.release()  # too large, as it turned out: the next forward may be smaller
-                self.manager = BlockManager(self.block_size, self.manager.max_blocks)
         self._mask, self._cache_seqlens, self._exact = before.mask, before.cache_seqlens, before.exact
         self._step_gone(columns)
 
@@ -187,7 +211,6 @@ class PageGroup:
             num_blocks=self.manager.num_blocks,
             indices=indices,
             cu_seqlens_q=cu_seqlens_q,
-            copies=to_device(change.copies, device) if len(change.copies) else None,
         )
 
     def _decode_on_device(self, mask: torch.Tensor | None, device: torch.device) -> ForwardStep:
@@ -214,7 +237,6 @@ class PageGroup:
             max_seqlen_k=int(self.manager.lengths.max(initial=0)),
             max_seqlen_q=1,
             num_blocks=self.manager.num_blocks,
-            copies=to_device(change.copies, device) if len(change.copies) else None,
         )
 
     def _table_on(self, device: torch.device, change: Append) -> torch.Tensor:
@@ -263,25 +285,45 @@ class PageGroup:
 
     def truncate(self, columns: int) -> None:
         """Drops all columns from `columns` on, and the blocks behind them."""
-        step = self.step
-        if step is not None and step.copies is not None and self._before is not None and columns <= step.start:
-            self._undo(step.start)  # layers that a broken forward did not reach have copied nothing yet
+        if self._can_undo(columns):
+            self._undo(self.step.start)  # rows that were about to part share their blocks again
+            if columns == self.columns:
+                return
         self.sync_lengths()
-        real = self.real_columns()
-        lengths = np.full(self.batch, columns) if real is None else real[:, :columns].sum(1)
-        self.manager.truncate(lengths)
+        if self._mask is None or self._mask.shape[1] <= columns:
+            gone = self.columns - columns
+        else:
+            gone = self.columns - self._mask.shape[1] + self._mask[:, columns:].sum(1).cpu().numpy()
+        self.manager.truncate(self.manager.lengths - gone)
         self._mask = None if self._mask is None else self._mask[:, :columns]
         self._lengths_changed(columns)
 
-    def select(self, rows: torch.Tensor) -> None:
+    def _can_undo(self, columns: int) -> bool:
+        """Whether the last step, if all of it goes, can be taken back as if it had never been."""
+        change = None if self._before is None else self._before.change
+        return change is not None and columns <= self.step.start and self.manager.can_undo(change)
+
+    def select(self, rows: np.ndarray) -> None:
         """Row i becomes what row `rows[i]` was; blocks are shared, no K/V moves. Nothing while nothing is stored."""
-        if self.columns == 0:
+        if self.columns == 0 or np.array_equal(rows, np.arange(self.batch)):
             return
         self.sync_lengths()
-        self.manager.select(rows.cpu().numpy())
+        self.manager.select(rows)
         if self._mask is not None:
-            self._mask = self._mask[rows.to(self._mask.device)]
+            self._mask = self._mask[torch.from_numpy(rows).to(self._mask.device)]
         self._lengths_changed(self.columns)
+
+    def fork(self, rows: np.ndarray) -> "PageGroup":
+        """A group of its own whose row i is what row `rows[i]` is here; it shares the blocks and the pools."""
+        self.sync_lengths()
+        fork = PageGroup(self.store)
+        fork.manager = self.manager.fork(rows)
+        fork.columns, fork.layer_columns = self.columns, dict(self.layer_columns)
+        if self._mask is not None:
+            fork._mask = self._mask[torch.from_numpy(rows).to(self._mask.device)]
+        if self._cache_seqlens is not None:
+            fork._cache_seqlens = to_device(fork.manager.lengths.astype(np.int32), self._cache_seqlens.device)
+        return fork
 
     def _lengths_changed(self, columns: int) -> None:
         self._step_gone(columns)

@@ -1,7 +1,10 @@
 """PagedCache: the cache that transformers' models and `generate()` work with."""
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import (
@@ -13,6 +16,7 @@ from transformers.cache_utils import (
 
 from ..errors import ArgumentError, UnsupportedFeatureError
 from .page_group import PageGroup
+from .page_store import PageStore
 from .paged_layer import PagedLayer
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
@@ -38,7 +42,7 @@ def _bytes(max_memory: int | str | None) -> int | None:
 
 @dataclass(frozen=True)
 class CacheMemory:
-    """What a PagedCache holds; a block is `block_size` tokens of all attention layers.
+    """What a PagedCache and its forks hold together; a block is `block_size` tokens of all attention layers.
 
     Attributes:
         bytes_reserved: K/V memory taken from the device, used or free.
@@ -48,7 +52,7 @@ class CacheMemory:
         block_size: tokens a block.
         blocks_used: blocks that hold tokens.
         blocks_free: reserved blocks that hold none.
-        blocks_shared: blocks that more than one row uses.
+        blocks_shared: blocks that more than one row uses, of this cache or of a fork.
     """
 
     bytes_reserved: int
@@ -105,11 +109,12 @@ class PagedCache(Cache):
         if isinstance(layer_kwargs, dict):  # one for all layers before transformers 5.18, then one a layer
             layer_kwargs = [layer_kwargs] * len(layer_types)
         paged = [kind in _PAGED_LAYER_TYPES for kind in layer_types]
-        self.group = PageGroup(block_size, sum(paged), num_blocks, max_memory)
+        group = PageGroup(PageStore(block_size, sum(paged), num_blocks, max_memory))
+        self.groups = [group]
         layers = []
         for idx, (kind, kwargs) in enumerate(zip(layer_types, layer_kwargs, strict=True)):
             if paged[idx]:
-                layers.append(PagedLayer(idx, self.group, is_sliding=kind != "full_attention", dtype=dtype))
+                layers.append(PagedLayer(idx, group, is_sliding=kind != "full_attention", dtype=dtype))
             elif kind == "dummy" or DYNAMIC_LAYER_TYPE_MAPPING.get(kind) is LinearAttentionLayer:
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs))  # a dummy reads another layer's keys
             else:
@@ -119,27 +124,37 @@ class PagedCache(Cache):
                 )
         super().__init__(layers=layers)
 
+    @property
+    def columns(self) -> int:
+        """Columns stored, padding included, as transformers counts."""
+        return self.groups[0].columns
+
     def memory(self) -> CacheMemory:
-        """What is reserved, stored and wasted now. Waits for the device."""
-        group = self.group
-        group.sync_lengths()
-        manager, tokens = group.manager, group.manager.stored_tokens()
-        reserved = group.pools.bytes_reserved
-        stored = tokens * (group.pools.stored_block_bytes // group.block_size)
+        """What is reserved, stored and wasted now. Forks share what they report. Waits for the device."""
+        stores = [group.store for group in self.groups]
+        tokens = [store.stored_tokens() for store in stores]
+        for store in stores:
+            store.blocks.collect()
+        reserved = sum(store.pools.bytes_reserved for store in stores)
+        stored = sum(
+            count * (store.pools.stored_block_bytes // store.blocks.block_size)
+            for count, store in zip(tokens, stores, strict=True)
+        )
         return CacheMemory(
             bytes_reserved=reserved,
             bytes_stored=stored,
             bytes_wasted=reserved - stored,
-            tokens=tokens,
-            block_size=group.block_size,
-            blocks_used=manager.blocks_used,
-            blocks_free=manager.blocks_free,
-            blocks_shared=manager.blocks_shared,
+            tokens=tokens[0],
+            block_size=stores[0].blocks.block_size,
+            blocks_used=sum(store.blocks.blocks_used for store in stores),
+            blocks_free=sum(store.blocks.blocks_free for store in stores),
+            blocks_shared=sum(store.blocks.blocks_shared for store in stores),
         )
 
     def reset(self) -> None:
-        """Forgets every token and gives the memory back; the cap stays."""
-        self.group.clear()
+        """Forgets every token; the cap stays. The memory is given back as soon as no fork holds a token either."""
+        for group in self.groups:
+            group.clear()
         super().reset()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -152,42 +167,96 @@ class PagedCache(Cache):
         Raises:
             ArgumentError: more columns than there are.
         """
-        columns = self.group.columns
+        columns = self.columns
         keep = tokens_to_remove if tokens_to_remove > 0 else columns + tokens_to_remove
         if keep < 0:
             raise ArgumentError(f"`tokens_to_remove` is {tokens_to_remove}, the cache holds {columns} columns")
+        for layer in self._other_layers():  # first, as they may refuse; also for 0, where they drop what they recorded
+            layer.crop(min(keep - columns, 0))
         if keep < columns:
-            self.group.truncate(keep)
-        for layer in self.layers:
-            if not isinstance(layer, PagedLayer):
-                layer.crop(tokens_to_remove)
+            for group in self.groups:
+                group.truncate(keep)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row i becomes what row `beam_idx[i]` was; tables move, K/V stays."""
-        self.group.select(beam_idx)
-        for layer in self.layers:
-            if not isinstance(layer, PagedLayer):
-                layer.reorder_cache(beam_idx)
+        self._select(self._rows(beam_idx))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each row `repeats` times; the copies share the row's blocks."""
-        self.group.select(torch.arange(self.group.batch).repeat_interleave(repeats))
-        for layer in self.layers:
-            if not isinstance(layer, PagedLayer):
-                layer.batch_repeat_interleave(repeats)
+        self._select(np.repeat(np.arange(self.groups[0].batch), repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps rows `indices`, long or bool; the others' blocks are given back."""
-        rows = torch.nonzero(indices)[:, 0] if indices.dtype == torch.bool else indices
-        self.group.select(rows)
+        self._select(self._rows(indices))
+
+    def release(self, rows: int | Sequence[int] | torch.Tensor) -> None:
+        """Drops `rows`; their blocks are free, unless others share them. The rows left move up.
+
+        Args:
+            rows: one index, several, or bool (batch,).
+
+        Raises:
+            ArgumentError: a row that is not there.
+        """
+        kept = np.setdiff1d(np.arange(self.groups[0].batch), self._rows(rows))
+        if len(kept):
+            self._select(kept)
+            return
+        for group in self.groups:
+            group.truncate(0)
+        for layer in self._other_layers():
+            layer.reset()
+
+    def fork(self, rows: int | Sequence[int] | torch.Tensor | None = None) -> "PagedCache":
+        """A new cache that begins with what `rows` hold, and shares their blocks until one of the two writes.
+
+        Both, and their forks, live in one pool: it grows for all, the cap counts all of it, and `memory()` is of the
+        pool. Dropping a cache frees the blocks that no other one uses. Forks belong to one thread at a time.
+
+        Args:
+            rows: one index, several (a row may come twice, in any order), or bool (batch,); None for all.
+
+        Raises:
+            ArgumentError: a row that is not there.
+        """
+        chosen = np.arange(self.groups[0].batch) if rows is None else self._rows(rows)
+        groups = {id(group): group.fork(chosen) for group in self.groups}
+        fork = type(self).__new__(type(self))
+        fork.__dict__.update(self.__dict__)
+        fork.groups = list(groups.values())
+        fork.layers = []
         for layer in self.layers:
-            if not isinstance(layer, PagedLayer):
-                layer.batch_select_indices(indices)
+            if isinstance(layer, PagedLayer):
+                fork.layers.append(layer.fork(groups[id(layer.group)]))
+            else:
+                fork.layers.append(copy.deepcopy(layer))
+                if rows is not None:
+                    fork.layers[-1].reorder_cache(torch.from_numpy(chosen))
+        return fork
 
     def __copy__(self) -> "PagedCache":
-        return self.__deepcopy__({})  # a shallow copy would write into the same blocks
+        return self.fork()  # a shallow copy would write into the same blocks
 
     def __deepcopy__(self, memo: dict) -> "PagedCache":
-        raise UnsupportedFeatureError(
-            "PagedCache can't be copied yet: build a new one, or use `DynamicCache` where a prompt's cache is copied"
-        )
+        return self.fork()
+
+    def _other_layers(self) -> list:
+        return [layer for layer in self.layers if not isinstance(layer, PagedLayer)]
+
+    def _select(self, rows: np.ndarray) -> None:
+        for group in self.groups:
+            group.select(rows)
+        for layer in self._other_layers():
+            layer.reorder_cache(torch.from_numpy(rows))  # takes any number of rows, as no other method of theirs does
+
+    def _rows(self, rows: int | Sequence[int] | torch.Tensor) -> np.ndarray:
+        """`rows` as int64 indices. Waits for the device if they lie there."""
+        batch = self.groups[0].batch
+        indices = rows.cpu().numpy() if isinstance(rows, torch.Tensor) else np.asarray(rows)
+        if indices.dtype == bool and indices.shape == (batch,):
+            return np.flatnonzero(indices)
+        indices = np.atleast_1d(indices)
+        is_whole = indices.ndim == 1 and (np.issubdtype(indices.dtype, np.integer) or not indices.size)
+        if not is_whole or (batch and ((indices < -batch) | (indices >= batch)).any()):
+            raise ArgumentError(f"rows must be indices of the cache's {batch} rows, or bool ({batch},), got {rows}")
+        return indices.astype(np.int64) % max(batch, 1)

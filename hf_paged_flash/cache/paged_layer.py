@@ -1,5 +1,6 @@
 """One layer of a PagedCache, as transformers sees it."""
 
+from copy import copy
 from operator import attrgetter
 
 import torch
@@ -51,12 +52,14 @@ class PagedLayer(CacheLayerMixin):
         return self._handle("value", None) if self._step is not None else None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.pool = BlockPool(self.group.block_size, key_states, value_states, self._dtype)
+        self.pool = self.group.pools.get(self.layer_idx)
+        if self.pool is None:
+            self.pool = BlockPool(self.group.block_size, key_states, value_states, self._dtype)
+            self.group.pools.add(self.layer_idx, self.pool)
         # of what attention and the model see; the pool may store in another dtype
         self.dtype = min(key_states.dtype, value_states.dtype, key=attrgetter("itemsize"))
         self.device = key_states.device
         self._nan = torch.full((1, 1, 1, 1), float("nan"), dtype=self.dtype, device=self.device)
-        self.group.pools.add(self.pool)
         self.is_initialized = True
 
     def update(
@@ -79,8 +82,6 @@ class PagedLayer(CacheLayerMixin):
         if self.pool.num_blocks < step.num_blocks:
             self.group.join_pool(self.pool, step)
         local = step.to(self.device)
-        if local.copies is not None:
-            self.pool.copy_blocks(local.copies)
         self.had_grad |= torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
         with torch.no_grad():
             self.pool.store(key_states.transpose(1, 2), value_states.transpose(1, 2), local.slot_mapping)
@@ -115,6 +116,12 @@ class PagedLayer(CacheLayerMixin):
         """Dense keys or values (B, Hkv, columns, D | Dv) up to the end of `step`, zeros in padded columns."""
         slots = self.group.column_slots(min(step.end, self.columns), self.device)
         return self.pool.gather(slots, kind).to(self.dtype)
+
+    def fork(self, group: PageGroup) -> "PagedLayer":
+        """This layer over the rows of `group`, a fork of its own."""
+        fork = copy(self)
+        fork.group = group
+        return fork
 
     def get_seq_length(self) -> int:
         return self.columns

@@ -1,7 +1,7 @@
 """The operations as torch sees them: schemas, fakes for tracing, autograd, and the choice of kernel or reference.
 
-`flash_forward`, `flash_backward`, `paged_decode` and `store_kv` are operators of the namespace `hf_paged_flash` with
-the signatures of their namesakes in `hf_paged_flash.ops.reference`, where arguments and results are described. The
+`flash_forward`, `flash_backward`, `paged_decode`, `store_kv` and `copy_blocks` are operators of the namespace
+`hf_paged_flash` with the signatures of their namesakes in `hf_paged_flash.ops.reference`, where arguments and results are described. The
 forward takes `deterministic` as well, for the backward, and both take `packed_lengths` of `segment_offsets`.
 
 They trust their arguments; `hf_paged_flash.ops.flash_attn` checks them. `flash_forward` is differentiable over dense
@@ -25,6 +25,7 @@ from hf_paged_flash.ops.validation import (
     NO_PAGED_BACKWARD,
     NO_SECOND_DERIVATIVE,
     any_requires_grad,
+    check_blocks_are_words,
     check_kernel_limits,
 )
 
@@ -53,6 +54,7 @@ for _schema in (
     "Tensor? s_aux=None, int num_splits=0) -> (Tensor out, Tensor lse)",
     "segment_offsets(Tensor segments) -> (Tensor cu_seqlens, Tensor packed_lengths)",
     "store_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping) -> ()",
+    "copy_blocks(Tensor(a!)[] caches, Tensor copies) -> ()",
     "refuse_backward(str reason, Tensor?[] grads, Tensor[] inputs) -> Tensor[]",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -113,6 +115,15 @@ def _store_kv(k, v, k_cache, v_cache, slot_mapping):
     count("kernel", "store_kv")
 
 
+def _copy_blocks(caches, copies):
+    if not use_kernels(copies):
+        count("reference", "copy_blocks")
+        return reference.copy_blocks(caches, copies)
+    check_blocks_are_words(caches)
+    _launcher("copy_blocks")(caches, copies)
+    count("kernel", "copy_blocks")
+
+
 def _segment_offsets(segments):
     """Where packed rows begin, with shapes that don't depend on how many there are, for code that is traced.
 
@@ -160,6 +171,10 @@ def _store_kv_fake(k, v, k_cache, v_cache, slot_mapping):
     return None
 
 
+def _copy_blocks_fake(caches, copies):
+    return None
+
+
 def _flash_backward_fake(dout, dlse, q, k, v, out, lse, *tensors, bias_needs_grad=False, **arguments):
     arguments |= zip(_BACKWARD_TENSOR_NAMES, tensors, strict=False)
     s_aux, bias = arguments.get("s_aux"), arguments.get("bias") if bias_needs_grad else None
@@ -178,6 +193,7 @@ for _name, _implementation, _fake in (
     ("paged_decode", _paged_decode, _paged_decode_fake),
     ("segment_offsets", _segment_offsets, _segment_offsets_fake),
     ("store_kv", _store_kv, _store_kv_fake),
+    ("copy_blocks", _copy_blocks, _copy_blocks_fake),
     ("refuse_backward", _refuse_backward, _refuse_backward_fake),
 ):
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
@@ -188,6 +204,7 @@ flash_backward = torch.ops.hf_paged_flash.flash_backward.default
 paged_decode = torch.ops.hf_paged_flash.paged_decode.default
 segment_offsets = torch.ops.hf_paged_flash.segment_offsets.default
 store_kv = torch.ops.hf_paged_flash.store_kv.default
+copy_blocks = torch.ops.hf_paged_flash.copy_blocks.default
 _refuse = torch.ops.hf_paged_flash.refuse_backward.default
 
 
