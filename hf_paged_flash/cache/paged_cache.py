@@ -129,6 +129,11 @@ class PagedCache(Cache):
         """Columns stored, padding included, as transformers counts."""
         return self.groups[0].columns
 
+    @property
+    def batch_size(self) -> int:
+        """Rows, -1 while nothing is stored."""
+        return self.groups[0].batch if self.columns else -1
+
     def memory(self) -> CacheMemory:
         """What is reserved, stored and wasted now. Forks share what they report. Waits for the device."""
         stores = [group.store for group in self.groups]

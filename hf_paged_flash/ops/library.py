@@ -1,8 +1,9 @@
 """The operations as torch sees them: schemas, fakes for tracing, autograd, and the choice of kernel or reference.
 
 `flash_forward`, `flash_backward`, `paged_decode`, `store_kv` and `copy_blocks` are operators of the namespace
-`hf_paged_flash` with the signatures of their namesakes in `hf_paged_flash.ops.reference`, where arguments and results are described. The
-forward takes `deterministic` as well, for the backward, and both take `packed_lengths` of `segment_offsets`.
+`hf_paged_flash` with the signatures of their namesakes in `hf_paged_flash.ops.reference`, where arguments and results
+are described. The forward takes `deterministic` as well, for the backward, and both take `packed_lengths` of
+`segment_offsets`.
 
 They trust their arguments; `hf_paged_flash.ops.flash_attn` checks them. `flash_forward` is differentiable over dense
 and packed keys; over paged keys its backward raises, as that of `paged_decode` does, which goes through

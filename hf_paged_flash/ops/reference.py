@@ -164,7 +164,7 @@ def copy_blocks(caches: list[torch.Tensor], copies: torch.Tensor) -> None:
     """Copy whole blocks within each of several caches, in place.
 
     Args:
-        caches: (num_blocks, ...) of any shapes and dtypes, on one device; a block lies contiguous, in words of 8 bytes.
+        caches: (num_blocks, ...) of any shapes and dtypes, on one device; blocks are contiguous, of 8-byte words.
         copies: (n, 2) int64, block `copies[i, 0]` to block `copies[i, 1]`; no block is both source and target.
     """
     source, target = copies.unbind(1)

@@ -191,7 +191,8 @@ def check_blocks_are_words(caches) -> None:
     for cache in caches:
         sizes = (cache[0].numel() * cache.element_size(), cache.stride(0) * cache.element_size())
         if not cache[0].is_contiguous() or any(size % 8 for size in sizes):
-            fail("caches", "hold contiguous blocks of whole words of 8 bytes", f"{tuple(cache.shape)}, {cache.stride()}")
+            got = f"shape {tuple(cache.shape)}, strides {cache.stride()}"
+            fail("caches", "hold contiguous blocks of whole words of 8 bytes", got)
 
 
 NO_PAGED_BACKWARD = (

@@ -153,7 +153,7 @@ def test_decode_steps_never_wait_for_the_device(model_type, masked, no_host_sync
     for column in range(prompt + 1, columns):
         logits = model(new[column], attention_mask=masks[column], past_key_values=cache).logits
     torch.cuda.set_sync_debug_mode("default")
-    assert cache.groups[0].manager.num_blocks > blocks, "no row went on to a new block: the steps that grow went untested"
+    assert cache.groups[0].manager.num_blocks > blocks, "no row went on to a new block: growing steps went untested"
     whole = model(input_ids, attention_mask=mask, use_cache=False).logits
     torch.testing.assert_close(logits[:, -1], whole[:, -1], rtol=0.0, atol=1e-4)
 
