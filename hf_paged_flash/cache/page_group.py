@@ -325,6 +325,14 @@ class PageGroup:
             fork._cache_seqlens = to_device(fork.manager.lengths.astype(np.int32), self._cache_seqlens.device)
         return fork
 
+    def restore(self, table: np.ndarray, lengths: np.ndarray, columns: int, mask: torch.Tensor | None) -> None:
+        """Takes over rows that were saved, into a group that has none; its blocks are 0 to the largest in `table`."""
+        self.store.blocks.extend(int(table.max(initial=-1)) + 1)
+        self.manager.table, self.manager.lengths = table.copy(), lengths.copy()
+        self.store.blocks.adopt(table[table >= 0])
+        self.columns, self._mask = columns, mask
+        self._cache_seqlens = to_device(lengths.astype(np.int32), torch.device("cpu"))
+
     def _lengths_changed(self, columns: int) -> None:
         self._step_gone(columns)
         if self._cache_seqlens is not None:

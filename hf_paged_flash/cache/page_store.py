@@ -19,11 +19,13 @@ class PageStore:
         pools: of the group's layers; they grow for all forks at once, under one cap.
         blocks: which of the pools' blocks are free.
         groups: a group and its forks, weakly.
+        loaded: layers whose pool came from a file and has met no model yet.
     """
 
     def __init__(self, block_size: int, num_layers: int, num_blocks: int | None, max_memory: int | None) -> None:
         self.pools = LayerPools(num_layers, num_blocks, max_memory)
         self.blocks = Blocks(block_size, num_blocks)
+        self.loaded: set[int] = set()
         self.groups: weakref.WeakSet[PageGroup] = weakref.WeakSet()
 
     def give_back(self) -> bool:

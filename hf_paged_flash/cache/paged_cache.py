@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os import PathLike
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from transformers.cache_utils import (
 )
 
 from ..errors import ArgumentError, UnsupportedFeatureError
+from . import saved_cache
 from .page_group import PageGroup
 from .page_store import PageStore
 from .paged_layer import PagedLayer
@@ -111,6 +113,7 @@ class PagedCache(Cache):
         paged = [kind in _PAGED_LAYER_TYPES for kind in layer_types]
         group = PageGroup(PageStore(block_size, sum(paged), num_blocks, max_memory))
         self.groups = [group]
+        self.config, self.dtype = config, dtype
         layers = []
         for idx, (kind, kwargs) in enumerate(zip(layer_types, layer_kwargs, strict=True)):
             if paged[idx]:
@@ -172,7 +175,7 @@ class PagedCache(Cache):
         Raises:
             ArgumentError: more columns than there are.
         """
-        columns = self.columns
+        columns, tokens_to_remove = self.columns, int(tokens_to_remove)
         keep = tokens_to_remove if tokens_to_remove > 0 else columns + tokens_to_remove
         if keep < 0:
             raise ArgumentError(f"`tokens_to_remove` is {tokens_to_remove}, the cache holds {columns} columns")
@@ -238,6 +241,29 @@ class PagedCache(Cache):
                 if rows is not None:
                     fork.layers[-1].reorder_cache(torch.from_numpy(chosen))
         return fork
+
+    def save(self, path: str | PathLike) -> None:
+        """Writes the cache to a safetensors file: blocks in use, shared ones once; tables and lengths; no code.
+
+        Raises:
+            PagedFlashError: a forward stopped half way.
+        """
+        saved_cache.save(self, path)
+
+    @classmethod
+    def load(cls, path: str | PathLike, config: PreTrainedConfig, device: torch.device | str = "cpu") -> "PagedCache":
+        """A cache that goes on where the one that was saved stood, with its caps.
+
+        Args:
+            path: what `save` wrote.
+            config: of the model that filled the cache.
+            device: where its tensors are put. K/V move to their layer's device in the first forward, states of linear
+                attention stay.
+
+        Raises:
+            ArgumentError: another model's cache, or no file of `save`.
+        """
+        return saved_cache.load(cls, path, config, device)
 
     def __copy__(self) -> "PagedCache":
         return self.fork()  # a shallow copy would write into the same blocks
