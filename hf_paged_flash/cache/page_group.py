@@ -290,10 +290,10 @@ class PageGroup:
             if columns == self.columns:
                 return
         self.sync_lengths()
-        if self._mask is None or self._mask.shape[1] <= columns:
-            gone = self.columns - columns
-        else:
-            gone = self.columns - self._mask.shape[1] + self._mask[:, columns:].sum(1).cpu().numpy()
+        gone = self.columns - columns
+        if self._mask is not None and self._mask.shape[1] > columns:
+            known = self._mask[:, columns:].cpu().numpy()
+            gone = gone - known.shape[1] + np.array([np.count_nonzero(row) for row in known])
         self.manager.truncate(self.manager.lengths - gone)
         self._mask = None if self._mask is None else self._mask[:, :columns]
         self._lengths_changed(columns)

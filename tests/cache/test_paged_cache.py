@@ -536,6 +536,36 @@ class TestCountingOnTheDevice:
             alone = extend(model, PagedCache(model.config), tokens[row][real][None])
             torch.testing.assert_close(logits[row][real], alone[0], rtol=0, atol=1e-4)
 
+    def test_forks_and_rows_that_move(self, model, counting_on_device):
+        """Between decode steps of which the host knows bounds alone, and in which rows pause."""
+        input_ids, mask = ragged_batch([20, 15, 3])
+        steps, _ = ragged_batch([9] * 3, None, seed=4)
+        mask = torch.cat([mask, torch.tensor([[1] * 9, [1, 0, 0] * 3, [0] * 4 + [1] * 5])], 1)
+        tokens = torch.cat([input_ids, steps], 1)
+        position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+        cache = PagedCache(model.config)
+
+        @torch.no_grad()
+        def step(cache, rows, start, end):
+            part = {"attention_mask": mask[rows, :end], "position_ids": position_ids[rows, start:end]}
+            return model(tokens[rows, start:end], past_key_values=cache, **part).logits
+
+        for start, end in [(0, 20), *((i, i + 1) for i in range(20, 26))]:
+            step(cache, [0, 1, 2], start, end)
+        forks = {(2, 0): cache.fork([2, 0]), (1, 1): cache.fork([1, 1]), (0, 1, 2): cache}
+        for rows, fork in forks.items():
+            logits = torch.cat([step(fork, list(rows), column, column + 1) for column in range(26, 29)], 1)
+            for index, row in enumerate(rows):
+                real = mask[row].bool()
+                alone = extend(model, PagedCache(model.config), tokens[row][real][None])[0]
+                last = real[26:]
+                torch.testing.assert_close(logits[index][last], alone[len(alone) - last.sum() :], rtol=0, atol=1e-4)
+        lengths = mask.sum(1)
+        for rows, fork in forks.items():
+            fork.memory()
+            assert fork.groups[0].manager.lengths.tolist() == lengths[list(rows)].tolist()
+        assert sum(counting_on_device) == 6 + 3 * 3
+
     @pytest.mark.parametrize("failing", [0, 2])
     def test_out_of_memory(self, model, counting_on_device, monkeypatch, failing):
         input_ids, mask = ragged_batch([32, 16])
