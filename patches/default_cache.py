@@ -37,6 +37,9 @@ def _prepare_cache(original, self, generation_config, model_kwargs, *args, **kwa
             model_kwargs["past_key_values"] = PagedCache(config)
         except UnsupportedFeatureError as error:
             logger.warning_once(f"generate() keeps DynamicCache for this model: {error}")
+            return result
+        if generation_config.is_assistant:  # as transformers has told the cache it built: tokens will be taken back
+            model_kwargs["past_key_values"].activate_past_recording()
     return result
 
 

@@ -225,9 +225,11 @@ class PagedCache(Cache):
             rows: one index, several (a row may come twice, in any order), or bool (batch,); None for all.
 
         Raises:
-            ArgumentError: a row that is not there.
+            ArgumentError: a row that is not there, or none.
         """
         chosen = np.arange(self.groups[0].batch) if rows is None else self._rows(rows)
+        if rows is not None and not len(chosen):
+            raise ArgumentError("`rows` must name a row at least: `PagedCache(config)` makes a cache without any")
         groups = {id(group): group.fork(chosen) for group in self.groups}
         fork = type(self).__new__(type(self))
         fork.__dict__.update(self.__dict__)

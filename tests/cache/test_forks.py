@@ -84,6 +84,13 @@ class TestFork:
         assert cache.memory() == before
         check_goes_on(model, cache, input_ids, mask)
 
+    def test_of_no_rows(self, model):
+        cache, _, _ = filled(model)
+        with pytest.raises(ArgumentError, match="`rows` must name a row at least"):
+            cache.fork([])
+        cache.release([])
+        assert cache.batch_size == 3
+
     def test_of_an_empty_cache(self, model):
         cache = PagedCache(model.config, num_blocks=4)
         fork = cache.fork()

@@ -6,7 +6,7 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import AutoConfig, DynamicCache
 from transformers.generation.utils import GenerationMixin
 
 from hf_paged_flash import PagedCache, counters
@@ -101,6 +101,38 @@ def _assistant(pair: Pair):
     if pair.eager.config.model_type == "gpt2":
         changes = {"n_layer": 2}
     return tiny_model(attentive_config(pair.eager.config.model_type, **changes), "paged_flash")
+
+
+def test_an_assistant_with_convolutions_takes_its_tokens_back(tmp_path):
+    """The layers that keep their own state must be told to remember it, on the assistant's PagedCache too."""
+    shape = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+    config = AutoConfig.for_model("lfm2", **shape, num_hidden_layers=2, layer_types=["conv", "full_attention"])
+    eager, paged = (tiny_model(config, name) for name in ("eager", "paged_flash"))
+    input_ids, _ = ragged_batch([20], None)
+    for seed in (0, 1):
+        assistant = tiny_model(config, "paged_flash", seed=seed)
+        cache = PagedCache(config)
+        ours = new_tokens(paged, input_ids, None, assistant_model=assistant, past_key_values=cache)
+        assert torch.equal(ours, new_tokens(eager, input_ids, None))
+
+
+@pytest.mark.parametrize("way", ["5 samples", "4 beams, stop early"])
+def test_inputs_embeds(load, prefilled, way):
+    pair = load("llama")
+    input_ids, mask = ragged_batch(LENGTHS)
+    options = {"do_sample": False, "max_new_tokens": NEW} | WAYS[way]
+    outputs, rows = [], []
+    hook = pair.paged.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["inputs_embeds"])) if not rows else None, with_kwargs=True
+    )
+    for model in (pair.eager, pair.paged):
+        torch.manual_seed(5)
+        embeds = model.get_input_embeddings()(input_ids).detach()
+        outputs.append(model.generate(inputs_embeds=embeds, attention_mask=mask, **options))
+    hook.remove()
+    assert torch.equal(*outputs)
+    assert rows == [3]
 
 
 @pytest.mark.parametrize("helper", ["a smaller model", "the model itself", "prompt lookup"])
