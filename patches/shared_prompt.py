@@ -9,6 +9,7 @@ on from it by code of its own, for encoder-decoder models, where an input was ch
 and on a cache that holds the repeated rows already. Assisted generation never repeats rows.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -43,13 +44,18 @@ class _Unexpanded:
 
 
 def _expand(original, *args, **kwargs):
+    given = {name: _kept(value) for name, value in kwargs.items() if name not in _OWN_ARGUMENTS}
     input_ids, expanded = original(*args, **kwargs)
-    given, names = kwargs.get("input_ids"), set(kwargs) - _OWN_ARGUMENTS
-    if given is not None and input_ids is not given and names == set(expanded):
+    ids = kwargs.get("input_ids")
+    if ids is not None and input_ids is not ids and set(given) == set(expanded):
         # on the tensor itself: `generate()` hands this very tensor to `_prefill`, and threads don't meet
-        unexpanded = {name: kwargs[name] for name in names}
-        input_ids.unexpanded = _Unexpanded(given, unexpanded, kwargs["expand_size"], dict(expanded))
+        input_ids.unexpanded = _Unexpanded(ids, given, kwargs["expand_size"], dict(expanded))
     return input_ids, expanded
+
+
+def _kept(value):
+    """`value` as it is now: what encoders made of images is in a dict of outputs, which are repeated in place."""
+    return {name: copy.copy(output) for name, output in value.items()} if isinstance(value, dict) else value
 
 
 def _computes_once(model, cache, unexpanded: _Unexpanded | None, model_kwargs: dict) -> bool:
