@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _KEY = "hf_paged_flash.cache"  # of the metadata
 _VERSION = 1
+_ABOUT = {"version", "model", "layers", "block_size", "num_blocks", "max_memory", "dtype", "columns", "states"}
 # what a model must agree in to continue a cache
 _IDENTITY = (
     "model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"
@@ -84,7 +85,7 @@ def _of_group(cache: "PagedCache", number: int, group: PageGroup) -> dict[str, t
             for kind, pool in (("key", layer.pool.key), ("value", layer.pool.value)):
                 kept = pool[torch.from_numpy(blocks).to(pool.device)]
                 kept[torch.from_numpy(unfilled).to(pool.device)] = 0
-                tensors[f"layers.{idx}.{kind}"] = kept
+                tensors[f"layers.{idx}.{kind}"] = kept.cpu()  # layer by layer: the device may have no room for a copy
     return tensors
 
 
@@ -96,7 +97,7 @@ def load(
         with safe_open(path, "pt", device=str(device)) as file:
             about = (file.metadata() or {}).get(_KEY)
             about = None if about is None else json.loads(about)
-            if type(about) is not dict:
+            if type(about) is not dict or not _ABOUT <= set(about):
                 raise ArgumentError(f"`path` must be a file that `PagedCache.save` wrote, {path} is another one")
             cache = _empty(cache_class, about, config)
             saved = _Saved({name: file.get_tensor(name) for name in file.keys()}, path)
@@ -107,7 +108,7 @@ def load(
             _restore_group(cache, number, group, about["columns"], saved)
     for idx, layer in enumerate(cache.layers):
         if isinstance(layer, LinearAttentionLayer):
-            _restore_states(idx, layer, about["states"][str(idx)], saved)
+            _restore_states(idx, layer, about["states"].get(str(idx), []), saved)
     saved.check_empty()
     return cache
 
@@ -175,6 +176,7 @@ def _restore_group(cache: "PagedCache", number: int, group: PageGroup, columns: 
     held = np.arange(table.shape[1])[None, :] < needed[:, None]
     saved.require(((table >= 0) == held).all() and (needed <= table.shape[1]).all(), "has tables that fit no lengths")
     num_blocks = int(table.max(initial=-1)) + 1
+    saved.require(num_blocks <= table.size, "has tables that name blocks it can't hold")
     mask = None
     if f"groups.{number}.mask" in saved.tensors:
         mask = saved.take(f"groups.{number}.mask", (batch, columns), torch.bool)

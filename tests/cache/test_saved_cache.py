@@ -223,6 +223,7 @@ class TestRefused:
             ({"groups.0.lengths": torch.tensor([30, 7, 40])}, (), "has tables that fit no lengths"),
             ({"groups.0.mask": torch.ones(3, 31, dtype=torch.bool)}, (), r"`groups.0.mask` of shape \(3, 30\)"),
             ({"groups.0.table": torch.zeros(3, 2, dtype=torch.int32)}, (), "has tables that fit no lengths"),
+            ({"groups.0.table": torch.tensor([[0, 9999], [1, -1], [2, 3]]).int()}, (), "name blocks it can't hold"),
             ({"layers.7.key": torch.zeros(1)}, (), r"holds tensors that belong nowhere, \['layers.7.key'\]"),
         ],
     )
