@@ -31,7 +31,7 @@ class Counters:
     """How often each operation ran since the last `reset_counters`, by name.
 
     Attributes:
-        kernel: calls that launched a Triton kernel ("flash_forward", "paged_decode", "store_kv").
+        kernel: calls that launched a Triton kernel ("flash_forward", "store_kv", ...).
         reference: calls that ran the torch reference, same names.
         dense_gather: times that paged K/V were gathered into a dense tensor, by the operation that asked for it.
 

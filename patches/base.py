@@ -33,6 +33,7 @@ class Patch:
     after_undo: Callable[[], None] | None = None
     _original: Callable | None = field(default=None, init=False, repr=False)
     _replacement: Callable | None = field(default=None, init=False, repr=False)
+    _stored: object = field(default=None, init=False, repr=False)  # the original as the owner holds it
 
     @property
     def target(self) -> str:
@@ -70,7 +71,9 @@ class Patch:
             function = functools.partial(self.wrapper, original) if self._replacement is replacement else original
             return function(*args, **kwargs)
 
-        setattr(owner, self.name, replacement)
+        self._stored = inspect.getattr_static(owner, self.name)
+        is_static = isinstance(self._stored, staticmethod)
+        setattr(owner, self.name, staticmethod(replacement) if is_static else replacement)
         self._original, self._replacement = original, replacement
 
     def undo(self) -> None:
@@ -79,7 +82,7 @@ class Patch:
             return
         owner = self.owner()
         if getattr(owner, self.name) is self._replacement:
-            setattr(owner, self.name, self._original)
-        self._original = self._replacement = None
+            setattr(owner, self.name, self._stored)
+        self._original = self._replacement = self._stored = None
         if self.after_undo is not None:
             self.after_undo()

@@ -36,6 +36,21 @@ def test_images_and_generate(model_type):
     assert torch.equal(*tokens)
 
 
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"do_sample": True, "top_k": 0, "num_return_sequences": 3}])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_images_and_rows_that_are_repeated(model_type, options):
+    """Beams and samples: prompts are computed once where transformers' own code repeats them, and images with them."""
+    inputs, _ = image_inputs(model_type, "left")
+    if model_type == "paligemma":  # all of the prompt is a prefix, as its processor says
+        inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+    tokens = []
+    for attention in ("paged_flash", "eager"):
+        model = build(model_type, attention, AutoModelForImageTextToText).eval()
+        torch.manual_seed(5)
+        tokens.append(model.generate(**inputs, **{"max_new_tokens": 8, "do_sample": False} | options))
+    assert torch.equal(*tokens)
+
+
 def test_vision_transformer():
     compare(lambda a: build("vit", a), {"pixel_values": torch.randn(2, 3, 16, 16)}, lambda out: out.last_hidden_state)
 

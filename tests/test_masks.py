@@ -200,8 +200,8 @@ class TestTheCache:
         first, second = PagedCache(config), PagedCache(config)
         _, mask = ragged_batch(LENGTHS)
         handed = create_causal_mask(**arguments(config, mask, cache=first))
-        assert torch.equal(first.group.pending_mask, mask.bool()) and torch.equal(handed, mask.bool())
-        assert second.group.pending_mask is None
+        assert torch.equal(first.groups[0].pending_mask, mask.bool()) and torch.equal(handed, mask.bool())
+        assert second.groups[0].pending_mask is None
 
     def test_both_masks_of_a_mixed_model_reach_it(self):
         config = tiny_config("gemma3_text")
@@ -211,15 +211,15 @@ class TestTheCache:
         full = create_causal_mask(**arguments(config, mask, cache=cache))
         sliding = create_sliding_window_causal_mask(**arguments(config, mask, cache=cache))
         assert (window_of(full), window_of(sliding)) == (None, (WINDOW - 1, 0))
-        assert torch.equal(cache.group.pending_mask, mask.bool())
+        assert torch.equal(cache.groups[0].pending_mask, mask.bool())
 
     def test_sizes_asked_for_in_vain_are_forgotten(self, config):
         cache = PagedCache(config)
         cache.get_mask_sizes(20, 0)
         assert paged_flash_mask(3, 19, 19, attention_mask=torch.ones(3, 19, dtype=torch.bool)) is None
-        assert cache.group.pending_mask is None
+        assert cache.groups[0].pending_mask is None
         assert paged_flash_mask(3, 20, 20, attention_mask=torch.ones(3, 20, dtype=torch.bool)) is None
-        assert cache.group.pending_mask is None
+        assert cache.groups[0].pending_mask is None
 
     def test_a_dropped_cache_is_not_waited_for(self, config):
         cache = PagedCache(config)

@@ -1,10 +1,10 @@
-"""Which row owns which block: free list, reference counts, block tables, copy-on-write. Host only, no tensors."""
+"""Which row owns which block: block tables, copy-on-write, forks. Host only, no tensors."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import CacheFullError
+from .blocks import Blocks
 
 
 @dataclass(frozen=True)
@@ -14,6 +14,7 @@ class Append:
     rows, columns, blocks: int64 (n,), entry `table[row, column]` is now `block`.
     copies: int64 (n, 2), (source, target) blocks whose contents must be copied before anything is written.
     lengths, first, num_blocks: what the manager's were before.
+    version: of the blocks, once appended.
     """
 
     rows: np.ndarray
@@ -23,49 +24,53 @@ class Append:
     lengths: np.ndarray
     first: np.ndarray
     num_blocks: int
+    version: int
 
 
 class BlockManager:
     """Hands out blocks of `block_size` tokens to rows, as an operating system hands out pages (Kwon et al. 2023, 4.2).
 
+    Managers that were forked from one another share their `blocks`, each with rows of its own. One that is garbage
+    collected gives its references back.
+
     Invariants, after every call:
-    - a block is free, or `references[block]` tables name it; never both;
+    - a block is free, or `references[block]` entries of tables name it; never both;
     - row b's table entries `first[b]` to `ceil(lengths[b] / block_size)` are blocks, all others -1: what lies before
       was given back, or never stored, as nobody will read it;
     - a block that more than one row names is never handed out for writing: its writer gets a copy first;
     - a call that cannot be served raises `CacheFullError` and changes nothing.
     """
 
-    def __init__(self, block_size: int, max_blocks: int | None = None) -> None:
+    def __init__(self, block_size: int, max_blocks: int | None = None, blocks: Blocks | None = None) -> None:
+        self.blocks = Blocks(block_size, max_blocks) if blocks is None else blocks
         self.block_size = block_size
-        self.max_blocks = max_blocks  # None: no cap
-        self.num_blocks = 0  # blocks that exist, used and free
         self.lengths = np.zeros(0, np.int64)  # tokens of each row
         self.first = np.zeros(0, np.int64)  # leading table entries of each row that are no blocks
         self.table = np.full((0, 0), -1, np.int32)
-        self.references = np.zeros(0, np.int32)
-        self._free: list[int] = []
+
+    def __del__(self) -> None:
+        # at any moment, perhaps in the middle of another manager's call: the blocks are released in the next one
+        table = self.__dict__.get("table")
+        if table is not None and table.size:
+            self.blocks.drop(table)
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self.blocks.adopt(self.table[self.table >= 0])
 
     @property
-    def blocks_free(self) -> int:
-        return len(self._free)
-
-    @property
-    def blocks_used(self) -> int:
-        return self.num_blocks - len(self._free)
-
-    @property
-    def blocks_shared(self) -> int:
-        return int((self.references > 1).sum())
+    def num_blocks(self) -> int:
+        """Blocks that exist, used and free, this manager's and others'."""
+        return self.blocks.num_blocks
 
     def row_blocks(self) -> np.ndarray:
         """Blocks that each row's tokens need, int64 (rows,)."""
         return -(-self.lengths // self.block_size)
 
     def start_rows(self, rows: int) -> None:
-        """Begins `rows` empty rows; only when there are none."""
-        self.lengths = np.zeros(rows, np.int64)
-        self.first = np.zeros(rows, np.int64)
+        """Begins `rows` empty rows; those there were are gone."""
+        self.blocks.release(self.table[self.table >= 0])
+        self.lengths, self.first = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
         self.table = np.full((rows, 0), -1, np.int32)
 
     def append(self, counts: np.ndarray, first: np.ndarray | None = None) -> Append:
@@ -77,6 +82,7 @@ class BlockManager:
         Raises:
             CacheFullError: the cap leaves fewer blocks than the rows need.
         """
+        self.blocks.collect()
         lengths, num_blocks, old_first = self.lengths, self.num_blocks, self.first
         old_blocks = self.row_blocks()
         if first is not None:
@@ -84,11 +90,8 @@ class BlockManager:
         new_blocks = -(-(self.lengths + counts) // self.block_size)
         added = new_blocks - old_blocks
         copies = self._rows_to_copy(counts)
-        needed = int(added.sum()) + len(copies)
-        self._reserve(needed)
+        blocks = self.blocks.take(int(added.sum()) + len(copies))
 
-        blocks = np.array([self._free.pop() for _ in range(needed)], np.int64)
-        self.references[blocks] = 1
         copy_targets, new = blocks[: len(copies)], blocks[len(copies) :]
         rows = np.repeat(np.arange(len(counts)), added)
         added_before = np.cumsum(added) - added
@@ -97,7 +100,7 @@ class BlockManager:
         self.table[rows, columns] = new
         last = old_blocks[copies] - 1
         sources = self.table[copies, last].astype(np.int64)
-        np.subtract.at(self.references, sources, 1)
+        self.blocks.release(sources)
         self.table[copies, last] = copy_targets
         self.lengths = self.lengths + counts
         self.first = old_first if first is None else np.maximum(old_first, first)
@@ -109,24 +112,26 @@ class BlockManager:
             lengths=lengths,
             first=old_first,
             num_blocks=num_blocks,
+            version=self.blocks.version,
         )
 
     def undo(self, change: Append, room: int = 0) -> None:
-        """Takes back the last `append`: for a device that had no room for what it planned.
+        """Takes back the last `append`, as if it had never been; only while `can_undo(change)`.
 
         Of the blocks that `append` added, `room` in all stay, free.
         """
-        num_blocks = max(change.num_blocks, min(room, self.num_blocks))
         self.table[change.rows, change.columns] = -1
         copied = slice(0, len(change.copies))
         sources = change.copies[:, 0]
         self.table[change.rows[copied], change.columns[copied]] = sources
-        np.add.at(self.references, sources, 1)
-        self.references[change.blocks] = 0
-        free = [*self._free, *reversed(change.blocks.tolist())]
-        self._free = [block for block in free if block < num_blocks]
-        self.references = self.references[:num_blocks]
-        self.lengths, self.first, self.num_blocks = change.lengths, change.first, num_blocks
+        self.blocks.hold(sources)
+        self.blocks.put_back(change.blocks, max(change.num_blocks, min(room, self.num_blocks)))
+        self.lengths, self.first = change.lengths, change.first
+
+    def can_undo(self, change: Append) -> bool:
+        """Whether no block has changed hands since: a fork may have written to what a row would get back."""
+        self.blocks.collect()
+        return change.version == self.blocks.version
 
     def blocks_needed(self, counts: np.ndarray, first: np.ndarray | None = None) -> int:
         """Blocks that `append(counts, first)` takes."""
@@ -147,7 +152,7 @@ class BlockManager:
         gone = (columns >= self.first[rows, None]) & (columns < first[rows, None])
         row, column = np.nonzero(gone)
         row, column = rows[row], column + start
-        self._release(self.table[row, column])
+        self.blocks.release(self.table[row, column])
         self.table[row, column] = -1
         self.first = np.maximum(self.first, first)
         return row, column
@@ -155,65 +160,54 @@ class BlockManager:
     def truncate(self, lengths: np.ndarray) -> None:
         """Shortens row b to `lengths[b]` tokens and releases the blocks behind them."""
         keep = -(-lengths // self.block_size)
-        gone = (np.arange(self.table.shape[1])[None, :] >= keep[:, None]) & (self.table >= 0)
-        self._release(self.table[gone])
-        self.table[gone] = -1
+        start = int(keep.min(initial=self.table.shape[1]))
+        tail = self.table[:, start:]
+        gone = (np.arange(start, self.table.shape[1])[None, :] >= keep[:, None]) & (tail >= 0)
+        self.blocks.release(tail[gone])
+        tail[gone] = -1
         self.lengths = np.asarray(lengths, np.int64).copy()
         self.first = np.minimum(self.first, keep)
 
     def select(self, rows: np.ndarray) -> None:
         """Row i becomes what row `rows[i]` was: reorders, repeats and drops rows. Blocks are shared, not copied."""
-        table, lengths, first = self.table[rows], self.lengths[rows], self.first[rows]
-        np.add.at(self.references, table[table >= 0], 1)
-        self._release(self.table[self.table >= 0])
-        self.table, self.lengths, self.first = table, lengths, first
+        uses = np.bincount(rows, minlength=len(self.lengths))
+        more, gone = np.flatnonzero(uses > 1), np.flatnonzero(uses == 0)
+        table = self.table[more]
+        used = table >= 0
+        self.blocks.hold(table[used], np.broadcast_to(uses[more, None] - 1, table.shape)[used])
+        table = self.table[gone]
+        self.blocks.release(table[table >= 0])
+        self.table, self.lengths, self.first = self.table[rows], self.lengths[rows], self.first[rows]
 
-    def stored_tokens(self) -> int:
-        """Tokens that blocks hold, a shared block's tokens once."""
+    def fork(self, rows: np.ndarray) -> "BlockManager":
+        """A manager of its own whose row i is what row `rows[i]` is here; it shares the blocks."""
+        fork = BlockManager(self.block_size, blocks=self.blocks)
+        table = self.table[rows]
+        self.blocks.hold(table[table >= 0])
+        fork.table, fork.lengths, fork.first = table, self.lengths[rows], self.first[rows]
+        return fork
+
+    def filled(self) -> np.ndarray:
+        """Tokens in each block, of those that this manager's rows name, int64 (num_blocks,)."""
         filled = np.zeros(self.num_blocks, np.int64)
         columns = np.arange(self.table.shape[1])[None, :]
         inside = np.clip(self.lengths[:, None] - columns * self.block_size, 0, self.block_size)
         used = self.table >= 0
         np.maximum.at(filled, self.table[used], inside[used])
-        return int(filled.sum())
+        return filled
 
     def _rows_to_copy(self, counts: np.ndarray) -> np.ndarray:
         # Rows that are about to write into a last block which others share; one may keep the original if all write.
         rows = np.flatnonzero((counts > 0) & (self.lengths % self.block_size > 0))
         last = self.table[rows, self.lengths[rows] // self.block_size]
-        shared = self.references[last] > 1
+        shared = self.blocks.references[last] > 1
         rows, last = rows[shared], last[shared]
-        keepers = []
-        for block in np.unique(last):
-            writers = rows[last == block]
-            if len(writers) == self.references[block]:
-                keepers.append(writers[-1])
-        return np.setdiff1d(rows, keepers)
-
-    def _reserve(self, needed: int) -> None:
-        if needed <= len(self._free):
-            return
-        room = len(self._free) if self.max_blocks is None else len(self._free) + self.max_blocks - self.num_blocks
-        if self.max_blocks is not None and needed > room:
-            raise CacheFullError(
-                f"the paged cache is full: {needed} more blocks of {self.block_size} tokens are needed, "
-                f"{max(room, 0)} are free under the cap of {self.max_blocks} blocks. This forward stored nothing, "
-                "earlier tokens are intact: free room with `crop()` or `reset()`, shorten or split the batch, or make "
-                "a cache with a larger `num_blocks` or `max_memory`",
-                blocks_needed=needed,
-                blocks_free=max(room, 0),
-            )
-        # A first prefill gets what it needs; later growth takes a little more, so that pools are copied rarely.
-        total = max(self.blocks_used + needed, self.num_blocks + self.num_blocks // 40)
-        if self.max_blocks is not None:
-            total = min(total, self.max_blocks)
-        self._free = list(range(total - 1, self.num_blocks - 1, -1)) + self._free
-        self.references = np.concatenate([self.references, np.zeros(total - self.num_blocks, np.int32)])
-        self.num_blocks = total
-
-    def _release(self, blocks: np.ndarray) -> None:
-        np.subtract.at(self.references, blocks, 1)
-        self._free.extend(int(block) for block in np.unique(blocks) if self.references[block] == 0)
+        if not len(rows):
+            return rows
+        # the last writer of each block, and how many there are
+        blocks, keeper, writers = np.unique(last[::-1], return_index=True, return_counts=True)
+        keeper = keeper[writers == self.blocks.references[blocks]]
+        return np.delete(rows, len(rows) - 1 - keeper)
 
     def _widen(self, width: int) -> None:
         if width > self.table.shape[1]:

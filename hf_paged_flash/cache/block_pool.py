@@ -60,12 +60,6 @@ class BlockPool:
         """Writes key, value (B, S, Hkv, D | Dv), any strides and dtype, into slots (B * S,); slot -1 is skipped."""
         ops.store_kv(key.to(self.key.dtype), value.to(self.value.dtype), self.key, self.value, slot_mapping)
 
-    def copy_blocks(self, copies: torch.Tensor) -> None:
-        """Copies block `copies[:, 0]` to block `copies[:, 1]`, int64 (n, 2)."""
-        source, target = copies.unbind(1)
-        self.key[target] = self.key[source]
-        self.value[target] = self.value[source]
-
     def gather(self, slots: torch.Tensor, kind: str) -> torch.Tensor:
         """Keys or values (`kind`) at `slots` (B, L) as (B, Hkv, L, D | Dv) contiguous; slot -1 reads as 0."""
         pool = self.key if kind == "key" else self.value

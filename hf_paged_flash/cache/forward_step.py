@@ -51,7 +51,6 @@ class ForwardStep:
         cu_seqlens_q: int32 (batch + 1,), offsets of the rows' new tokens when packed; None without padding.
         max_seqlen_q: no row adds more tokens, int.
         num_blocks: blocks that a layer's pool must have, int.
-        copies: int64 (n, 2), blocks to copy (source, target) before storing; None for none.
         knows_mask: the mask function told which columns are padding; else a mask that attention gets says more.
     """
 
@@ -66,7 +65,6 @@ class ForwardStep:
     num_blocks: int
     indices: torch.Tensor | None = None
     cu_seqlens_q: torch.Tensor | None = None
-    copies: torch.Tensor | None = None
     knows_mask: bool = False
     _on_device: dict[torch.device, "ForwardStep"] = field(default_factory=dict, repr=False)
 

@@ -1,9 +1,12 @@
 """The block pools of a group's layers: one cap for all of them, and growth that all take part in."""
 
+import numpy as np
 import torch
 
+from .. import ops
 from ..errors import CacheFullError
 from .block_pool import BlockPool
+from .forward_step import to_device
 
 
 class LayerPools:
@@ -18,7 +21,7 @@ class LayerPools:
         self.num_layers = num_layers
         self.num_blocks = num_blocks
         self.max_memory = max_memory
-        self._pools: list[BlockPool] = []
+        self._pools: dict[int, BlockPool] = {}  # by layer index
 
     @property
     def block_bytes(self) -> int:
@@ -28,16 +31,16 @@ class LayerPools:
     @property
     def stored_block_bytes(self) -> int:
         """Bytes of one block over the layers that have stored."""
-        return sum(pool.block_bytes for pool in self._pools)
+        return sum(pool.block_bytes for pool in self._pools.values())
 
     @property
     def bytes_reserved(self) -> int:
-        return sum(pool.bytes_reserved for pool in self._pools)
+        return sum(pool.bytes_reserved for pool in self._pools.values())
 
     @property
     def room(self) -> int:
         """Blocks that every pool has room for."""
-        return min((pool.num_blocks for pool in self._pools), default=0)
+        return min((pool.num_blocks for pool in self._pools.values()), default=0)
 
     @property
     def cap(self) -> int | None:
@@ -47,16 +50,25 @@ class LayerPools:
             caps.append(self.max_memory // self.block_bytes)
         return min(caps, default=None)
 
-    def add(self, pool: BlockPool) -> None:
-        self._pools.append(pool)
+    def get(self, layer_idx: int) -> BlockPool | None:
+        return self._pools.get(layer_idx)
+
+    def add(self, layer_idx: int, pool: BlockPool) -> None:
+        self._pools[layer_idx] = pool
 
     def clear(self) -> None:
         self._pools.clear()
 
     def release(self) -> None:
         """Gives the memory back; the layers keep their pools, empty."""
-        for pool in self._pools:
+        for pool in self._pools.values():
             pool.release()
+
+    def copy_blocks(self, copies: np.ndarray) -> None:
+        """Copies block `copies[:, 0]` to block `copies[:, 1]`, int64 (n, 2), in every pool: one launch a device."""
+        for device in {pool.key.device: None for pool in self._pools.values()}:
+            pools = [pool for pool in self._pools.values() if pool.key.device == device]
+            ops.copy_blocks([x for pool in pools for x in (pool.key, pool.value)], to_device(copies, device))
 
     def grow(self, num_blocks: int) -> None:
         """Makes room for `num_blocks` blocks in every pool.
@@ -64,8 +76,8 @@ class LayerPools:
         Raises:
             torch.OutOfMemoryError: the device has no room; some pools may have more blocks than others.
         """
-        freed = sum(pool.grow(num_blocks) for pool in self._pools)
-        if freed > 32 * 2**20 and self._pools[0].key.is_cuda:
+        freed = sum(pool.grow(num_blocks) for pool in self._pools.values())
+        if freed > 32 * 2**20 and any(pool.key.is_cuda for pool in self._pools.values()):
             torch.cuda.empty_cache()  # the old pools' memory fits no later request: growth is rare, hand it back
 
 

@@ -3,6 +3,9 @@
 They keep transformers' own classes, beside the paged layers or, where a layer has both kinds of state, in one of them.
 """
 
+import copy
+
+import numpy as np
 import torch
 from transformers.cache_utils import LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
@@ -52,6 +55,16 @@ class PagedHybridLayer(LinearAttentionLayer, PagedLayer):
     def reset(self) -> None:
         PagedLayer.reset(self)
 
+    def fork(self, group: PageGroup, groups: PageGroups) -> "PagedHybridLayer":
+        """This layer over the rows of `group`, with states of its own."""
+        fork = PagedLayer.fork(self, group, groups)
+        for name in ("conv_states", "recurrent_states"):
+            states = getattr(self, name)
+            setattr(fork, name, {index: None if x is None else x.clone() for index, x in states.items()})
+        for name in ("is_conv_states_initialized", "is_recurrent_states_initialized", "has_previous_state"):
+            setattr(fork, name, copy.copy(getattr(self, name)))
+        return fork
+
     # of both states at once, as `PagedCache` does it
     get_max_length, offload, prefetch, crop = (
         PagedLayer.get_max_length, PagedLayer.offload, PagedLayer.prefetch, PagedLayer.crop,
@@ -63,8 +76,9 @@ def states_of(layers: list) -> list[LinearAttentionCacheLayerMixin]:
     return [layer for layer in layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
 
 
-def select_states(layers: list, rows: torch.Tensor) -> None:
+def select_states(layers: list, rows: np.ndarray) -> None:
     """Row i becomes what row `rows[i]` was."""
+    rows = torch.from_numpy(rows)
     for layer in states_of(layers):
         for states in (layer.conv_states, layer.recurrent_states):
             for index, state in states.items():

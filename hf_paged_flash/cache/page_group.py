@@ -10,6 +10,7 @@ from .block_manager import Append, BlockManager
 from .forward_step import ForwardStep, NewTokens, to_device
 from .layer_pools import LayerPools, growth_error
 from .mask_handoff import expect_mask
+from .page_store import PageStore
 from .window import check_reach, check_truncate, first_in_reach
 
 
@@ -36,24 +37,19 @@ class PageGroup:
         record_past: give nothing back before the next `crop`, which may take tokens away and needs what lies before.
     """
 
-    def __init__(
-        self,
-        block_size: int,
-        num_layers: int,
-        num_blocks: int | None,
-        max_memory: int | None,
-        window: int | None = None,
-    ) -> None:
-        self.block_size = block_size
+    def __init__(self, store: PageStore, window: int | None = None) -> None:
+        self.store = store
         self.window = window
         self.record_past = False
-        self.pools = LayerPools(num_layers, num_blocks, max_memory)
-        self.clear()
+        store.groups.add(self)
+        self._start()
 
-    def clear(self) -> None:
-        """Forgets every token and gives the memory back."""
-        self.manager = BlockManager(self.block_size, self.pools.num_blocks)
-        self.pools.clear()
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self.store.groups.add(self)
+
+    def _start(self) -> None:
+        self.manager = BlockManager(self.block_size, blocks=self.store.blocks)
         self.columns = 0
         self.layer_columns: dict[int, int] = {}  # columns that each layer has stored, by layer index
         self.step: ForwardStep | None = None
@@ -71,14 +67,30 @@ class PageGroup:
         self._block_table: torch.Tensor | None = None
         self._dropped: list[tuple[np.ndarray, np.ndarray]] = []  # entries that `_block_table` has yet to lose
 
+    def clear(self) -> None:
+        """Forgets every token and gives the memory back, as soon as no fork has a token either."""
+        self.manager.start_rows(0)
+        if self.store.give_back() and len(self.store.groups) == 1:
+            self.pools.clear()  # what comes next may have another dtype or device
+        self._start()
+
+    @property
+    def block_size(self) -> int:
+        return self.store.blocks.block_size
+
+    @property
+    def pools(self) -> LayerPools:
+        return self.store.pools
+
     @property
     def batch(self) -> int:
         return len(self.manager.lengths)
 
     @property
     def blocks_used(self) -> int:
-        """Blocks that hold tokens."""
-        return self.manager.blocks_used
+        """Blocks that hold tokens, of this group and its forks."""
+        self.store.blocks.collect()
+        return self.store.blocks.blocks_used
 
     def mask_sizes(self, q_length: int) -> tuple[int, int]:
         """(kv_length, kv_offset) for transformers' masks, and notice of the mask that follows."""
@@ -106,7 +118,8 @@ class PageGroup:
 
     def blocks_short(self, counts: np.ndarray) -> int:
         """Blocks that `plan` must add to those that exist for `counts[b]` more tokens in each row."""
-        return max(self.manager.blocks_needed(counts, self._first) - self.manager.blocks_free, 0)
+        self.store.blocks.collect()
+        return max(self.manager.blocks_needed(counts, self._first) - self.store.blocks.blocks_free, 0)
 
     def plan(self, new: NewTokens, max_blocks: int | None) -> None:
         """Hands out blocks for the new tokens; nothing on the device has changed yet.
@@ -114,7 +127,7 @@ class PageGroup:
         Raises:
             CacheFullError: no room under the cap of `max_blocks`.
         """
-        self.manager.max_blocks = max_blocks
+        self.store.blocks.max_blocks = max_blocks
         if new.repeats == 1:
             change = self.manager.append(new.counts, self._first)
         else:
@@ -130,12 +143,17 @@ class PageGroup:
         Raises:
             CacheFullError: the device has no room.
         """
-        change = self._before.change
+        change, blocks = self._before.change, self.store.blocks
         try:
-            self.pools.grow(self.manager.num_blocks)
+            self.pools.grow(blocks.num_blocks)
         except BaseException as error:
-            free = self.manager.blocks_free + len(change.blocks) - (self.manager.num_blocks - change.num_blocks)
+            free = blocks.blocks_free + len(change.blocks) - (blocks.num_blocks - change.num_blocks)
             raise growth_error(error, len(change.blocks), free) from error
+
+    def copy_shared(self) -> None:
+        """Copies the shared blocks that `plan` found rows about to write to."""
+        if len(self._before.change.copies):
+            self.pools.copy_blocks(self._before.change.copies)
 
     def begin(
         self, new: NewTokens, mask: torch.Tensor | None, q_length: int, device: torch.device, *, knows_mask: bool
@@ -165,7 +183,6 @@ class PageGroup:
             num_blocks=self.manager.num_blocks,
             indices=new.indices,
             cu_seqlens_q=new.cu_seqlens_q,
-            copies=to_device(change.copies, device) if len(change.copies) else None,
             knows_mask=knows_mask,
         )
         self.knows_mask = knows_mask
@@ -215,21 +232,18 @@ class PageGroup:
         """Blocks that the last step took."""
         return len(self._before.change.blocks)
 
-    @property
-    def can_undo(self) -> bool:
-        """Whether the last step can be taken back as if it had never begun."""
-        return self._before is not None
+    def can_undo(self, columns: int) -> bool:
+        """Whether the last step, if all from `columns` on goes, can be taken back as if it had never been."""
+        change = None if self._before is None else self._before.change
+        return change is not None and columns <= self.step.start and self.manager.can_undo(change)
 
     def undo(self, columns: int) -> None:
         """Takes back the step that has begun at `columns`: what layers stored for it is forgotten."""
         before = self._before
-        if before is None:
-            return
-        if before.change is not None:
+        if before.change is not None and len(before.change.lengths) == self.batch:
             self.manager.undo(before.change, self.pools.room)
-            if columns == 0:
-                self.pools.release()  # too large, as it turned out: the next forward may be smaller
-                self.manager = BlockManager(self.block_size, self.manager.max_blocks)
+        elif before.change is not None:  # rows alike were stored as one
+            self.manager.start_rows(self.batch)
         self._mask, self._cache_seqlens, self._exact = before.mask, before.cache_seqlens, before.exact
         self._step_gone(columns)
 
@@ -304,8 +318,12 @@ class PageGroup:
 
     def lengths_at(self, columns: int) -> np.ndarray:
         """Tokens of each row in the first `columns` columns, int64 (batch,). Waits for the device."""
-        real = self.real_columns()
-        return np.full(self.batch, columns) if real is None else real[:, :columns].sum(1)
+        lengths = self.manager.lengths if self._exact else self._cache_seqlens.cpu().numpy().astype(np.int64)
+        gone = self.columns - columns
+        if self._mask is not None and self._mask.shape[1] > columns:
+            known = self._mask[:, columns:].cpu().numpy()
+            gone = gone - known.shape[1] + np.array([np.count_nonzero(row) for row in known])
+        return lengths - gone
 
     def check_truncate(self, lengths: np.ndarray) -> None:
         """Raises ArgumentError where rows cut to `lengths` would see tokens that have been given back."""
@@ -319,15 +337,39 @@ class PageGroup:
         self._mask = None if self._mask is None else self._mask[:, :columns]
         self._lengths_changed(columns)
 
-    def select(self, rows: torch.Tensor) -> None:
+    def select(self, rows: np.ndarray) -> None:
         """Row i becomes what row `rows[i]` was; blocks are shared, no K/V moves. Nothing while nothing is stored."""
-        if self.columns == 0:
+        if self.columns == 0 or np.array_equal(rows, np.arange(self.batch)):
             return
         self.sync_lengths()
-        self.manager.select(rows.cpu().numpy())
+        self.manager.select(rows)
         if self._mask is not None:
-            self._mask = self._mask[rows.to(self._mask.device)]
+            self._mask = self._mask[torch.from_numpy(rows).to(self._mask.device)]
         self._lengths_changed(self.columns)
+
+    def fork(self, rows: np.ndarray) -> "PageGroup":
+        """A group of its own whose row i is what row `rows[i]` is here; it shares the blocks and the pools."""
+        self.sync_lengths()
+        fork = PageGroup(self.store, self.window)
+        fork.manager = self.manager.fork(rows)
+        fork.columns, fork.layer_columns = self.columns, dict(self.layer_columns)
+        fork.record_past, fork.keeps_to_window = self.record_past, self.keeps_to_window
+        fork.knows_mask, fork.has_padding = self.knows_mask, self.has_padding
+        if self._mask is not None:
+            fork._mask = self._mask[torch.from_numpy(rows).to(self._mask.device)]
+        if self._cache_seqlens is not None:
+            fork._cache_seqlens = to_device(fork.manager.lengths.astype(np.int32), self._cache_seqlens.device)
+        return fork
+
+    def restore(
+        self, table: np.ndarray, lengths: np.ndarray, first: np.ndarray, columns: int, mask: torch.Tensor | None
+    ) -> None:
+        """Takes over rows that were saved, into a group that has none; its blocks are 0 to the largest in `table`."""
+        self.store.blocks.extend(int(table.max(initial=-1)) + 1)
+        self.manager.table, self.manager.lengths, self.manager.first = table.copy(), lengths.copy(), first.copy()
+        self.store.blocks.adopt(table[table >= 0])
+        self.columns, self._mask = columns, mask
+        self._cache_seqlens = to_device(lengths.astype(np.int32), torch.device("cpu"))
 
     def _lengths_changed(self, columns: int) -> None:
         self._step_gone(columns)

@@ -88,9 +88,11 @@ class PageGroups(list[PageGroup]):
             for group in self:
                 group.grow_pools()
             for group in self:
+                group.copy_shared()
+            for group in self:
                 group.begin(new, mask, q_length, device, knows_mask=bool(announced))
         except BaseException:
-            self._undo(start)
+            self._refuse(start)
             raise
 
     def _check(self, batch: int, mask: torch.Tensor | None, q_length: int) -> None:
@@ -141,10 +143,10 @@ class PageGroups(list[PageGroup]):
     def take_back(self, step: ForwardStep) -> None:
         """Forgets `step` if it is the last one begun: a forward that is refused half way leaves nothing behind."""
         if any(step is group.step for group in self):
-            if all(group.can_undo for group in self):
-                self._undo(step.start)
-            else:
-                self.truncate(step.start)
+            self.truncate(step.start)
+            self.states_ahead |= self.states_changed
+            if step.start == 0:
+                self._give_memory_back()
 
     def join_pool(self, group: PageGroup, pool: BlockPool, step: ForwardStep) -> None:
         """Makes room in the pool of a layer that stores for the first time; the others grow in `begin`.
@@ -154,7 +156,7 @@ class PageGroups(list[PageGroup]):
         """
         blocks, cap = group.manager.num_blocks, self.cap(group)
         if cap is not None and blocks > cap:  # layers differ in size, and the first ones were the smaller ones
-            self._undo(step.start)
+            self._refuse(step.start)
             raise CacheFullError(
                 f"the paged cache is full: {blocks} blocks take more than the {self.max_memory} bytes of "
                 "`max_memory`. The tokens stored before this forward are intact: raise it, shorten or split the batch",
@@ -165,13 +167,20 @@ class PageGroups(list[PageGroup]):
             pool.grow(step.num_blocks)
         except BaseException as error:
             needed = group.blocks_taken
-            self._undo(step.start)
-            raise growth_error(error, needed, group.manager.blocks_free) from error
+            self._refuse(step.start)
+            raise growth_error(error, needed, group.store.blocks.blocks_free) from error
 
-    def _undo(self, columns: int) -> None:
+    def _refuse(self, columns: int) -> None:
+        """Undoes the step that has begun at `columns`, which was too large; the next forward may be smaller."""
         self.states_ahead |= self.states_changed
         for group in self:
             group.undo(columns)
+        if columns == 0:
+            self._give_memory_back()
+
+    def _give_memory_back(self) -> None:
+        for group in self:
+            group.store.give_back()
 
     def cap(self, group: PageGroup, to_come: list[int] | None = None) -> int | None:
         """The cap of `group` in blocks: its own, and what the others leave of `max_memory`; None for none.
@@ -181,7 +190,7 @@ class PageGroups(list[PageGroup]):
         if len(self) == 1 or self.max_memory is None:
             return group.pools.cap
         taken = sum(
-            (other.manager.num_blocks + more) * self._block_bytes(other)
+            (other.store.blocks.num_blocks + more) * self._block_bytes(other)
             for other, more in zip(self, to_come or [0] * len(self), strict=True)
             if other is not group
         )
@@ -211,14 +220,16 @@ class PageGroups(list[PageGroup]):
         Raises:
             ArgumentError: layers with a sliding window have given back what they would need; nothing has changed.
         """
+        undoes = all(group.can_undo(columns) for group in self)  # before lengths are read back
         lengths = self[0].lengths_at(columns)
         for group in self:
             group.check_truncate(lengths)
-        broken = any(group.step is not None and group.step.copies is not None for group in self)
-        if broken and all(group.can_undo and columns <= group.step.start for group in self):
-            self._undo(self[0].step.start)  # layers that a broken forward did not reach have copied nothing yet
-        for group in self:
-            group.truncate(columns, lengths)
+        if undoes:
+            for group in self:
+                group.undo(group.step.start)  # rows that were about to part share their blocks again
+        if columns < self.columns:
+            for group in self:
+                group.truncate(columns, lengths)
 
     def give_back(self) -> None:
         """Gives back what sliding windows have left behind in groups that waited for a `crop` to do so."""
@@ -226,11 +237,16 @@ class PageGroups(list[PageGroup]):
             if group.record_past and group.keeps_to_window and group.columns:
                 group.give_back(group.manager.lengths if group.is_exact else self._floor.lengths)
 
-    def select(self, rows: torch.Tensor) -> None:
+    def select(self, rows: np.ndarray) -> None:
         """Row i becomes what row `rows[i]` was; blocks are shared, no K/V moves. Nothing while nothing is stored."""
-        rows = rows.cpu()
         for group in self:
             group.select(rows)
+
+    def fork(self, rows: np.ndarray) -> "PageGroups":
+        """Groups of their own whose row i is what row `rows[i]` is here, see `PageGroup.fork`."""
+        fork = PageGroups([group.fork(rows) for group in self], self.max_memory)
+        fork.is_cross, fork.states_ahead = self.is_cross, self.states_ahead
+        return fork
 
     def clear(self) -> None:
         """Forgets every token and gives the memory back."""

@@ -1,7 +1,11 @@
 """PagedCache: the cache that transformers' models and `generate()` work with."""
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
+from os import PathLike
 
+import numpy as np
 import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import (
@@ -12,15 +16,11 @@ from transformers.cache_utils import (
 )
 
 from ..errors import ArgumentError, PagedFlashError, UnsupportedFeatureError
-from .linear_states import (
-    PagedHybridLayer,
-    check_crop_states,
-    crop_states,
-    reset_states,
-    select_states,
-)
+from . import saved_cache
+from .linear_states import PagedHybridLayer, check_crop_states, crop_states, reset_states, select_states
 from .page_group import PageGroup
 from .page_groups import PageGroups
+from .page_store import PageStore
 from .paged_layer import PagedLayer
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
@@ -53,7 +53,7 @@ def _bytes(max_memory: int | str | None) -> int | None:
 
 @dataclass(frozen=True)
 class CacheMemory:
-    """What a PagedCache holds; a block is `block_size` tokens of all attention layers of one group.
+    """What a PagedCache and its forks hold; a block is `block_size` tokens of all attention layers of one group.
 
     Layers with the same attention pattern are a group: full attention, or a sliding window of one size.
 
@@ -65,7 +65,7 @@ class CacheMemory:
         block_size: tokens a block.
         blocks_used: blocks that hold tokens.
         blocks_free: reserved blocks that hold none.
-        blocks_shared: blocks that more than one row uses.
+        blocks_shared: blocks that more than one row uses, of this cache or of a fork.
     """
 
     bytes_reserved: int
@@ -128,10 +128,11 @@ class PagedCache(Cache):
         is_paged = [kind in _PAGED_LAYER_TYPES for kind in layer_types]
         used = [window for window, paged in zip(windows, is_paged, strict=True) if paged]
         by_window = {
-            window: PageGroup(block_size, used.count(window), num_blocks, max_memory, window)
+            window: PageGroup(PageStore(block_size, used.count(window), num_blocks, max_memory), window)
             for window in dict.fromkeys(used or [None])
         }
         self.groups = PageGroups(list(by_window.values()), max_memory)
+        self.config, self.dtype = config, dtype
         layers = []
         for idx, (kind, kwargs) in enumerate(zip(layer_types, layer_kwargs, strict=True)):
             if is_paged[idx]:
@@ -154,25 +155,36 @@ class PagedCache(Cache):
         """The first of `groups`, for models whose layers are all alike."""
         return self.groups[0]
 
+    @property
+    def columns(self) -> int:
+        """Columns stored, padding included, as transformers counts."""
+        return self.groups.columns
+
+    @property
+    def batch_size(self) -> int:
+        """Rows, -1 while nothing is stored."""
+        return self.groups.batch if self.columns else -1
+
     def memory(self) -> CacheMemory:
-        """What is reserved, stored and wasted now. Waits for the device."""
-        self.groups.sync_lengths()
-        tokens = [group.manager.stored_tokens() for group in self.groups]
-        reserved = sum(group.pools.bytes_reserved for group in self.groups)
+        """What is reserved, stored and wasted now. Forks share what they report. Waits for the device."""
+        stores = [group.store for group in self.groups]
+        tokens = [store.stored_tokens() for store in stores]
+        for store in stores:
+            store.blocks.collect()
+        reserved = sum(store.pools.bytes_reserved for store in stores)
         stored = sum(
-            count * (group.pools.stored_block_bytes // group.block_size)
-            for count, group in zip(tokens, self.groups, strict=True)
+            count * (store.pools.stored_block_bytes // store.blocks.block_size)
+            for count, store in zip(tokens, stores, strict=True)
         )
-        managers = [group.manager for group in self.groups]
         return CacheMemory(
             bytes_reserved=reserved,
             bytes_stored=stored,
             bytes_wasted=reserved - stored,
             tokens=max(tokens),
-            block_size=self.group.block_size,
-            blocks_used=sum(manager.blocks_used for manager in managers),
-            blocks_free=sum(manager.blocks_free for manager in managers),
-            blocks_shared=sum(manager.blocks_shared for manager in managers),
+            block_size=stores[0].blocks.block_size,
+            blocks_used=sum(store.blocks.blocks_used for store in stores),
+            blocks_free=sum(store.blocks.blocks_free for store in stores),
+            blocks_shared=sum(store.blocks.blocks_shared for store in stores),
         )
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
@@ -206,7 +218,7 @@ class PagedCache(Cache):
         return [linear and not has_keys for linear, has_keys in zip(super().is_linear, paged, strict=True)]
 
     def reset(self) -> None:
-        """Forgets every token and gives the memory back; the cap stays."""
+        """Forgets every token; the cap stays. The memory is given back as soon as no fork holds a token either."""
         self.groups.clear()
         super().reset()
         reset_states(self.layers)
@@ -227,7 +239,7 @@ class PagedCache(Cache):
             UnsupportedFeatureError: a recurrent state, or a convolution that has kept no past.
             The cache is then as it was.
         """
-        columns = self.groups.columns
+        columns, tokens_to_remove = self.columns, int(tokens_to_remove)
         keep = tokens_to_remove if tokens_to_remove > 0 else columns + tokens_to_remove
         if keep < 0:
             raise ArgumentError(f"`tokens_to_remove` is {tokens_to_remove}, the cache holds {columns} columns")
@@ -239,24 +251,102 @@ class PagedCache(Cache):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row i becomes what row `beam_idx[i]` was; tables move, K/V stays."""
-        self._select(beam_idx)
+        self._select(self._rows(beam_idx))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each row `repeats` times; the copies share the row's blocks."""
-        self._select(torch.arange(self.groups.batch).repeat_interleave(repeats))
+        self._select(np.repeat(np.arange(self.groups.batch), repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps rows `indices`, long or bool; the others' blocks are given back."""
-        self._select(torch.nonzero(indices)[:, 0] if indices.dtype == torch.bool else indices)
+        self._select(self._rows(indices))
 
-    def _select(self, rows: torch.Tensor) -> None:
+    def release(self, rows: int | Sequence[int] | torch.Tensor) -> None:
+        """Drops `rows`; their blocks are free, unless others share them. The rows left move up.
+
+        Args:
+            rows: one index, several, or bool (batch,).
+
+        Raises:
+            ArgumentError: a row that is not there.
+        """
+        kept = np.setdiff1d(np.arange(self.groups.batch), self._rows(rows))
+        if len(kept):
+            self._select(kept)
+            return
+        self.groups.truncate(0)
+        reset_states(self.layers)
+
+    def fork(self, rows: int | Sequence[int] | torch.Tensor | None = None) -> "PagedCache":
+        """A new cache that begins with what `rows` hold, and shares their blocks until one of the two writes.
+
+        Both, and their forks, live in one pool: it grows for all, the cap counts all of it, and `memory()` is of the
+        pool. Dropping a cache frees the blocks that no other one uses. Forks belong to one thread at a time.
+
+        Args:
+            rows: one index, several (a row may come twice, in any order), or bool (batch,); None for all.
+
+        Raises:
+            ArgumentError: a row that is not there, or none.
+        """
+        chosen = np.arange(self.groups.batch) if rows is None else self._rows(rows)
+        if rows is not None and not len(chosen):
+            raise ArgumentError("`rows` must name a row at least: `PagedCache(config)` makes a cache without any")
+        fork = type(self).__new__(type(self))
+        fork.__dict__.update(self.__dict__)
+        fork.groups = self.groups.fork(chosen)
+        forks = {id(group): fork_of for group, fork_of in zip(self.groups, fork.groups, strict=True)}
+        fork.layers = []
+        for layer in self.layers:
+            if isinstance(layer, PagedLayer):
+                fork.layers.append(layer.fork(forks[id(layer.group)], fork.groups))
+            else:
+                fork.layers.append(copy.deepcopy(layer))
+        if rows is not None:
+            select_states(fork.layers, chosen)
+        return fork
+
+    def save(self, path: str | PathLike) -> None:
+        """Writes the cache to a safetensors file: blocks in use, shared ones once; tables and lengths; no code.
+
+        Raises:
+            PagedFlashError: a forward stopped half way.
+        """
+        saved_cache.save(self, path)
+
+    @classmethod
+    def load(cls, path: str | PathLike, config: PreTrainedConfig, device: torch.device | str = "cpu") -> "PagedCache":
+        """A cache that goes on where the one that was saved stood, with its caps.
+
+        Args:
+            path: what `save` wrote.
+            config: of the model that filled the cache.
+            device: where its tensors are put. K/V move to their layer's device in the first forward, states of linear
+                attention stay.
+
+        Raises:
+            ArgumentError: another model's cache, or no file of `save`.
+        """
+        return saved_cache.load(cls, path, config, device)
+
+    def __copy__(self) -> "PagedCache":
+        return self.fork()  # a shallow copy would write into the same blocks
+
+    def __deepcopy__(self, memo: dict) -> "PagedCache":
+        return self.fork()
+
+    def _select(self, rows: np.ndarray) -> None:
         self.groups.select(rows)
         select_states(self.layers, rows)
 
-    def __copy__(self) -> "PagedCache":
-        return self.__deepcopy__({})  # a shallow copy would write into the same blocks
-
-    def __deepcopy__(self, memo: dict) -> "PagedCache":
-        raise UnsupportedFeatureError(
-            "PagedCache can't be copied yet: build a new one, or use `DynamicCache` where a prompt's cache is copied"
-        )
+    def _rows(self, rows: int | Sequence[int] | torch.Tensor) -> np.ndarray:
+        """`rows` as int64 indices. Waits for the device if they lie there."""
+        batch = self.groups.batch
+        indices = rows.cpu().numpy() if isinstance(rows, torch.Tensor) else np.asarray(rows)
+        if indices.dtype == bool and indices.shape == (batch,):
+            return np.flatnonzero(indices)
+        indices = np.atleast_1d(indices)
+        is_whole = indices.ndim == 1 and (np.issubdtype(indices.dtype, np.integer) or not indices.size)
+        if not is_whole or (batch and ((indices < -batch) | (indices >= batch)).any()):
+            raise ArgumentError(f"rows must be indices of the cache's {batch} rows, or bool ({batch},), got {rows}")
+        return indices.astype(np.int64) % max(batch, 1)

@@ -1,13 +1,15 @@
 """One layer of a PagedCache, as transformers sees it."""
 
+from copy import copy
 from operator import attrgetter
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from ..errors import PagedFlashError, UnsupportedFeatureError
+from ..errors import ArgumentError, PagedFlashError, UnsupportedFeatureError
 from .block_pool import BlockPool
 from .forward_step import ForwardStep
+from .layer_pools import growth_error
 from .mask_handoff import expect_cross_mask
 from .page_group import PageGroup
 from .page_groups import PageGroups
@@ -68,13 +70,51 @@ class PagedLayer(CacheLayerMixin):
         return self._handle(kind, None) if self._step is not None else None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.pool = BlockPool(self.group.block_size, key_states, value_states, self._dtype)
+        self.pool = self._pool_for(key_states, value_states)
         # of what attention and the model see; the pool may store in another dtype
         self.dtype = min(key_states.dtype, value_states.dtype, key=attrgetter("itemsize"))
         self.device = key_states.device
         self._nan = torch.full((1, 1, 1, 1), float("nan"), dtype=self.dtype, device=self.device)
-        self.group.pools.add(self.pool)
         self.is_initialized = True
+
+    def _pool_for(self, key: torch.Tensor, value: torch.Tensor) -> BlockPool:
+        """This layer's pool: the one that forks share, one that was loaded, or else a new one."""
+        group, pool = self.group, self.group.pools.get(self.layer_idx)
+        if pool is not None and self.layer_idx not in group.store.loaded:
+            return pool
+        if pool is None:
+            fresh = BlockPool(group.block_size, key, value, self._dtype)
+        else:
+            for kind, new, stored in (("keys", key, pool.key), ("values", value, pool.value)):
+                sizes, expected = (new.shape[1], new.shape[3]), tuple(stored.shape[2:])
+                if sizes != expected:
+                    raise ArgumentError(
+                        f"layer {self.layer_idx} of the loaded cache holds {kind} of (heads, head_dim) {expected}, "
+                        f"the model makes {sizes}: load the cache with the model that made it"
+                    )
+            fresh = self._moved(pool, key, value)
+        group.pools.add(self.layer_idx, fresh)
+        group.store.loaded.discard(self.layer_idx)
+        return fresh
+
+    def _moved(self, pool: BlockPool, key: torch.Tensor, value: torch.Tensor) -> BlockPool:
+        if pool.key.device == key.device:
+            return pool
+        fresh = BlockPool(self.group.block_size, key, value, pool.key.dtype)
+        try:
+            fresh.grow(pool.num_blocks)
+        except BaseException as error:
+            raise growth_error(error, pool.num_blocks, 0) from error
+        fresh.key[: pool.num_blocks].copy_(pool.key)
+        fresh.value[: pool.num_blocks].copy_(pool.value)
+        return fresh
+
+    def restore(self, pool: BlockPool) -> None:
+        """Takes over a pool that was saved; it goes to the model's device in the first forward."""
+        self.pool = pool
+        self.group.pools.add(self.layer_idx, pool)
+        self.group.store.loaded.add(self.layer_idx)
+        self.group.layer_columns[self.layer_idx] = self.group.columns
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
@@ -96,8 +136,6 @@ class PagedLayer(CacheLayerMixin):
         if self.pool.num_blocks < step.num_blocks:
             self.groups.join_pool(self.group, self.pool, step)
         local = step.to(self.device)
-        if local.copies is not None:
-            self.pool.copy_blocks(local.copies)
         self.had_grad |= torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
         with torch.no_grad():
             self.pool.store(key_states.transpose(1, 2), value_states.transpose(1, 2), local.slot_mapping)
@@ -145,6 +183,12 @@ class PagedLayer(CacheLayerMixin):
             return stored.masked_fill(padding[:, None, :, None], 0)
         slots = self.group.column_slots(columns, self.device)
         return self.pool.gather(slots, kind).to(self.dtype)
+
+    def fork(self, group: PageGroup, groups: PageGroups) -> "PagedLayer":
+        """This layer over the rows of `group`, one of `groups`: a fork of its own."""
+        fork = copy(self)
+        fork.group, fork.groups = group, groups
+        return fork
 
     def get_seq_length(self) -> int:
         return self.columns

@@ -1,8 +1,9 @@
 """The operations as torch sees them: schemas, fakes for tracing, autograd, and the choice of kernel or reference.
 
-`flash_forward`, `flash_backward`, `paged_decode` and `store_kv` are operators of the namespace `hf_paged_flash` with
-the signatures of their namesakes in `hf_paged_flash.ops.reference`, where arguments and results are described. The
-forward takes `deterministic` as well, for the backward, and both take `packed_lengths` of `segment_offsets`.
+`flash_forward`, `flash_backward`, `paged_decode`, `store_kv` and `copy_blocks` are operators of the namespace
+`hf_paged_flash` with the signatures of their namesakes in `hf_paged_flash.ops.reference`, where arguments and results
+are described. The forward takes `deterministic` as well, for the backward, and both take `packed_lengths` of
+`segment_offsets`.
 
 They trust their arguments; `hf_paged_flash.ops.flash_attn` checks them. `flash_forward` is differentiable over dense
 and packed keys; over paged keys its backward raises, as that of `paged_decode` does, which goes through
@@ -16,6 +17,7 @@ from importlib import import_module
 
 import torch
 from torch.library import Library, register_autograd, register_fake
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from hf_paged_flash.backend import count, use_kernels
 from hf_paged_flash.errors import UnsupportedFeatureError
@@ -24,6 +26,7 @@ from hf_paged_flash.ops.validation import (
     NO_PAGED_BACKWARD,
     NO_SECOND_DERIVATIVE,
     any_requires_grad,
+    check_blocks_are_words,
     check_kernel_limits,
 )
 
@@ -52,6 +55,7 @@ for _schema in (
     "Tensor? s_aux=None, int num_splits=0) -> (Tensor out, Tensor lse)",
     "segment_offsets(Tensor segments) -> (Tensor cu_seqlens, Tensor packed_lengths)",
     "store_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping) -> ()",
+    "copy_blocks(Tensor(a!)[] caches, Tensor copies) -> ()",
     "refuse_backward(str reason, Tensor?[] grads, Tensor[] inputs) -> Tensor[]",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -112,6 +116,15 @@ def _store_kv(k, v, k_cache, v_cache, slot_mapping):
     count("kernel", "store_kv")
 
 
+def _copy_blocks(caches, copies):
+    if not use_kernels(copies):
+        count("reference", "copy_blocks")
+        return reference.copy_blocks(caches, copies)
+    check_blocks_are_words(caches)
+    _launcher("copy_blocks")(caches, copies)
+    count("kernel", "copy_blocks")
+
+
 def _segment_offsets(segments):
     """Where packed rows begin, with shapes that don't depend on how many there are, for code that is traced.
 
@@ -159,6 +172,10 @@ def _store_kv_fake(k, v, k_cache, v_cache, slot_mapping):
     return None
 
 
+def _copy_blocks_fake(caches, copies):
+    return None
+
+
 def _flash_backward_fake(dout, dlse, q, k, v, out, lse, *tensors, bias_needs_grad=False, **arguments):
     arguments |= zip(_BACKWARD_TENSOR_NAMES, tensors, strict=False)
     s_aux, bias = arguments.get("s_aux"), arguments.get("bias") if bias_needs_grad else None
@@ -177,6 +194,7 @@ for _name, _implementation, _fake in (
     ("paged_decode", _paged_decode, _paged_decode_fake),
     ("segment_offsets", _segment_offsets, _segment_offsets_fake),
     ("store_kv", _store_kv, _store_kv_fake),
+    ("copy_blocks", _copy_blocks, _copy_blocks_fake),
     ("refuse_backward", _refuse_backward, _refuse_backward_fake),
 ):
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
@@ -187,6 +205,7 @@ flash_backward = torch.ops.hf_paged_flash.flash_backward.default
 paged_decode = torch.ops.hf_paged_flash.paged_decode.default
 segment_offsets = torch.ops.hf_paged_flash.segment_offsets.default
 store_kv = torch.ops.hf_paged_flash.store_kv.default
+copy_blocks = torch.ops.hf_paged_flash.copy_blocks.default
 _refuse = torch.ops.hf_paged_flash.refuse_backward.default
 
 
@@ -207,7 +226,9 @@ def _differentiate(ctx, dout, dlse):
     gradients = [None] * (len(saved) - 2)
     dout = torch.zeros_like(out) if dout is None else dout
     bias_needs_grad = len(ctx.needs_input_grad) > 8 and ctx.needs_input_grad[8]
-    dq, dk, dv, ds_aux, dbias = flash_backward(
+    # under create_graph only the operator knows that there is no second derivative
+    run = _flash_backward if not torch.is_grad_enabled() and _nobody_watches(dout, q) else flash_backward
+    dq, dk, dv, ds_aux, dbias = run(
         dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_k, *modifiers,
         bias_needs_grad=bias_needs_grad, **ctx.options,
     )  # fmt: skip
@@ -227,15 +248,16 @@ register_autograd("hf_paged_flash::flash_backward", _refuse_second_derivative, l
 
 
 class _FlashAttention(torch.autograd.Function):
-    """`flash_forward`'s autograd once more, without what torch adds for operators in Python."""
+    """`flash_forward`'s autograd once more, without what torch adds for operators in Python.
+
+    One `forward` with a context: beside a `setup_context` torch would inspect the signature in every call.
+    """
 
     @staticmethod
-    def forward(*arguments):
-        return flash_forward(*arguments[:-1], **arguments[-1])
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _save_for_backward(ctx, inputs[:-1], inputs[-1], output)
+    def forward(ctx, *arguments):
+        output = _flash_forward(*arguments[:-1], **arguments[-1])
+        _save_for_backward(ctx, arguments[:-1], arguments[-1], output)
+        return output
 
     @staticmethod
     def backward(ctx, dout, dlse):
@@ -243,11 +265,21 @@ class _FlashAttention(torch.autograd.Function):
         return *gradients, *[None] * (len(ctx.needs_input_grad) - len(gradients))
 
 
+def _nobody_watches(*tensors: torch.Tensor) -> bool:
+    """Whether a call may pass by torch's dispatcher: nothing traces, counts or transforms operators, or has its own."""
+    return (
+        not torch.compiler.is_compiling()
+        and not is_in_torch_dispatch_mode()
+        and not torch._C._are_functorch_transforms_active()
+        and all(type(x) is torch.Tensor or type(x) is torch.nn.Parameter for x in tensors)
+    )
+
+
 def flash_attention(
     q, k, v, *, cu_seqlens_q=None, cu_seqlens_k=None, seqused_k=None, block_table=None, s_aux=None, bias=None,
     alibi_slopes=None, dropout_seed=None, packed_lengths=None, deterministic=False, **options,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """The operator `flash_forward`, in a training step that nothing traces with less work for the host.
+    """The operator `flash_forward`, with less work for the host where nobody watches operators.
 
     Same arguments and results; `torch.use_deterministic_algorithms(True)` makes every call `deterministic`. Looking up
     the operator's defaults alone takes torch as long as a launch, in every layer.
@@ -257,8 +289,10 @@ def flash_attention(
         q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, s_aux, bias, alibi_slopes, dropout_seed,
         packed_lengths,
     )  # fmt: skip
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not any_requires_grad(q, k, v, s_aux, bias):
+    if not _nobody_watches(q, k, v):
         return flash_forward(*tensors, **options)
+    if not torch.is_grad_enabled() or not any_requires_grad(q, k, v, s_aux, bias):
+        return _flash_forward(*tensors, **options)
     return _FlashAttention.apply(*tensors, options)
 
 

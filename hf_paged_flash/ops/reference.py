@@ -159,6 +159,19 @@ def store_kv(
     v_cache[slots] = v
 
 
+@torch.no_grad()
+def copy_blocks(caches: list[torch.Tensor], copies: torch.Tensor) -> None:
+    """Copy whole blocks within each of several caches, in place.
+
+    Args:
+        caches: (num_blocks, ...) of any shapes and dtypes, on one device; blocks are contiguous, of 8-byte words.
+        copies: (n, 2) int64, block `copies[i, 0]` to block `copies[i, 1]`; no block is both source and target.
+    """
+    source, target = copies.unbind(1)
+    for cache in caches:
+        cache[target] = cache[source]
+
+
 def without_autocast(tensor):
     # Autocast would take the matmuls of this file to bf16.
     device_type = tensor.device.type

@@ -186,6 +186,15 @@ def any_requires_grad(*tensors: torch.Tensor | None) -> bool:
     return False
 
 
+def check_blocks_are_words(caches) -> None:
+    """What the kernel `copy_blocks` takes: blocks that lie contiguous, in words of 8 bytes."""
+    for cache in caches:
+        sizes = (cache[0].numel() * cache.element_size(), cache.stride(0) * cache.element_size())
+        if not cache[0].is_contiguous() or any(size % 8 for size in sizes):
+            got = f"shape {tuple(cache.shape)}, strides {cache.stride()}"
+            fail("caches", "hold contiguous blocks of whole words of 8 bytes", got)
+
+
 NO_PAGED_BACKWARD = (
     "hf_paged_flash has no backward pass through paged keys and a K/V cache: call it under torch.no_grad() or "
     "torch.inference_mode(), or train without a cache (`use_cache=False`)"

@@ -1,15 +1,25 @@
 """BlockManager: its invariants under random histories, and that no row ever reads what another one wrote."""
 
+import pickle
+
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import seed, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from hf_paged_flash.cache.block_manager import BlockManager
 from hf_paged_flash.errors import CacheFullError
 
 UNWRITTEN = -1
+STEPS = 50_000  # of random histories, in all
 
 
 def snapshot(manager: BlockManager) -> tuple:
@@ -19,17 +29,27 @@ def snapshot(manager: BlockManager) -> tuple:
         manager.lengths.tolist(),
         manager.first.tolist(),
         manager.table[:, : int(manager.row_blocks().max(initial=0))].tolist(),
-        manager.references.tolist(),
-        sorted(manager._free),
+        manager.blocks.references.tolist(),
+        sorted(manager.blocks.free.tolist()),
     )
 
 
-class Machine(RuleBasedStateMachine):
-    """Random appends, truncations and selections beside a model that keeps each row's tokens in a list.
+class Fork:
+    """A manager, and beside it what each row must read."""
 
-    `slots` is the device: what each slot of each block holds. Tokens are written where the tables say, after the
-    copies that `append` asks for, so a block shared by mistake shows as a row that reads another one's tokens.
+    def __init__(self, manager: BlockManager, rows: list[list[int]]) -> None:
+        self.manager = manager
+        self.rows = rows
+
+
+class Machine(RuleBasedStateMachine):
+    """Random appends, truncations, selections and forks beside a model that keeps each row's tokens in a list.
+
+    `slots[block, offset]` is the device. Tokens are written where the tables say, after the copies that `append` asks
+    for, so a block shared by mistake shows as a row that reads another one's tokens.
     """
+
+    steps = 0
 
     @initialize(
         block_size=st.sampled_from([1, 2, 4, 16]),
@@ -37,150 +57,212 @@ class Machine(RuleBasedStateMachine):
         rows=st.integers(1, 5),
     )
     def start(self, block_size, max_blocks, rows):
-        self.manager = BlockManager(block_size, max_blocks)
-        self.manager.start_rows(rows)
-        self.rows: list[list[int]] = [[] for _ in range(rows)]
-        self.slots: dict[tuple[int, int], int] = {}
+        manager = BlockManager(block_size, max_blocks)
+        manager.start_rows(rows)
+        self.blocks = manager.blocks
+        self.forks = [Fork(manager, [[] for _ in range(rows)])]
+        self.slots = np.full((0, block_size), UNWRITTEN)
         self.next_token = 0
 
-    def read(self, row: int) -> list[int]:
-        size = self.manager.block_size
-        first, end = int(self.manager.first[row]) * size, int(self.manager.lengths[row])
-        places = ((int(self.manager.table[row, i // size]), i % size) for i in range(first, end))
-        return [self.slots.get(place, UNWRITTEN) for place in places]
+    def one(self, data) -> Fork:
+        return self.forks[data.draw(st.integers(0, len(self.forks) - 1))]
 
-    def draw_first(self, data, counts) -> np.ndarray | None:
+    def places(self, fork: Fork, row: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        position = np.arange(start, end)
+        return fork.manager.table[row, position // self.blocks.block_size], position % self.blocks.block_size
+
+    def copy_blocks(self, change) -> None:
+        more = self.blocks.num_blocks - len(self.slots)
+        if more > 0:
+            self.slots = np.pad(self.slots, ((0, more), (0, 0)), constant_values=UNWRITTEN)
+        self.slots[change.blocks] = UNWRITTEN  # whatever an earlier owner left there
+        self.slots[change.copies[:, 1]] = self.slots[change.copies[:, 0]]
+
+    def draw_first(self, data, fork: Fork, counts: list[int]) -> np.ndarray | None:
         """Of rows that are empty, a first block to store tokens in, now and then."""
         if not data.draw(st.booleans()):
             return None
-        size = self.manager.block_size
+        size = self.blocks.block_size
         return np.array(
             [
                 0 if tokens else data.draw(st.integers(0, count // size))
-                for tokens, count in zip(self.rows, counts, strict=True)
+                for tokens, count in zip(fork.rows, counts, strict=True)
             ]
         )
 
+    def append_to(self, fork: Fork, counts: list[int], first: np.ndarray | None = None):
+        self.blocks.collect()
+        before, needed = snapshot(fork.manager), fork.manager.blocks_needed(np.array(counts, np.int64), first)
+        try:
+            change = fork.manager.append(np.array(counts, np.int64), first)
+        except CacheFullError as error:
+            assert snapshot(fork.manager) == before
+            assert needed == error.blocks_needed > error.blocks_free >= 0
+            return None
+        assert needed == len(change.blocks)
+        self.copy_blocks(change)
+        return change
+
     @rule(data=st.data())
     def append(self, data):
-        counts = data.draw(st.lists(st.integers(0, 20), min_size=len(self.rows), max_size=len(self.rows)))
-        first, size = self.draw_first(data, counts), self.manager.block_size
-        before = snapshot(self.manager)
-        needed = self.manager.blocks_needed(np.array(counts), first)
-        try:
-            change = self.manager.append(np.array(counts, np.int64), first)
-            assert needed == len(change.blocks)
-        except CacheFullError as error:
-            assert snapshot(self.manager) == before
-            assert needed == error.blocks_needed > error.blocks_free >= 0
+        fork = self.one(data)
+        counts = data.draw(st.lists(st.integers(0, 20), min_size=len(fork.rows), max_size=len(fork.rows)))
+        if self.append_to(fork, counts, self.draw_first(data, fork, counts)) is None:
             return
-        for source, target in change.copies:
-            for offset in range(self.manager.block_size):
-                self.slots[int(target), offset] = self.slots.get((int(source), offset), UNWRITTEN)
         for row, count in enumerate(counts):
-            for _ in range(count):
-                position, self.next_token = len(self.rows[row]), self.next_token + 1
-                self.rows[row].append(self.next_token)
-                if position < self.manager.first[row] * size:
-                    continue
-                block = int(self.manager.table[row, position // size])
-                assert self.manager.references[block] == 1, "a row was given a shared block to write to"
-                self.slots[block, position % size] = self.next_token
+            length = len(fork.rows[row])
+            start = max(length, int(fork.manager.first[row]) * self.blocks.block_size)
+            places = self.places(fork, row, start, length + count)
+            assert (self.blocks.references[places[0]] == 1).all(), "a row was given a shared block to write to"
+            tokens = np.arange(self.next_token, self.next_token + count)
+            self.slots[places] = tokens[start - length :]
+            fork.rows[row] += tokens.tolist()
+            self.next_token += count
+
+    @rule(data=st.data())
+    def decode(self, data):
+        """A token for every row of every fork, as samples and beams go on."""
+        for fork in self.forks:
+            if self.append_to(fork, [1] * len(fork.rows)) is None:
+                continue
+            for row, tokens in enumerate(fork.rows):
+                block, offset = self.places(fork, row, len(tokens), len(tokens) + 1)
+                assert self.blocks.references[block] == 1, "a row was given a shared block to write to"
+                self.slots[block, offset] = self.next_token
+                tokens.append(self.next_token)
+                self.next_token += 1
 
     @rule(data=st.data())
     def append_and_undo(self, data):
-        counts = data.draw(st.lists(st.integers(0, 20), min_size=len(self.rows), max_size=len(self.rows)))
-        before = snapshot(self.manager)
-        try:
-            change = self.manager.append(np.array(counts, np.int64), self.draw_first(data, counts))
-        except CacheFullError:
+        fork = self.one(data)
+        counts = data.draw(st.lists(st.integers(0, 20), min_size=len(fork.rows), max_size=len(fork.rows)))
+        before = snapshot(fork.manager)
+        change = self.append_to(fork, counts, self.draw_first(data, fork, counts))
+        if change is None:
             return
-        # what a forward that failed half way may have written
-        for target in change.blocks:
-            for offset in range(self.manager.block_size):
-                self.slots[int(target), offset] = UNWRITTEN
-        room = data.draw(st.integers(0, self.manager.num_blocks + 1))
-        kept = max(change.num_blocks, min(room, self.manager.num_blocks))
-        self.manager.undo(change, room)
-        assert self.manager.num_blocks == kept
+        self.slots[change.blocks] = UNWRITTEN  # what a forward that failed half way may have written
+        assert fork.manager.can_undo(change)
+        room = data.draw(st.integers(0, self.blocks.num_blocks + 1))
+        kept = max(change.num_blocks, min(room, self.blocks.num_blocks))
+        fork.manager.undo(change, room)
+        assert self.blocks.num_blocks == kept
         if kept == change.num_blocks:
-            assert snapshot(self.manager) == before
+            assert snapshot(fork.manager) == before
 
     @rule(data=st.data())
-    def truncate(self, data):
-        stored = self.manager.first * self.manager.block_size
+    def crop(self, data):
+        fork = self.one(data)
+        stored = fork.manager.first * self.blocks.block_size
         lengths = [
             data.draw(st.one_of(st.just(0), st.integers(int(start), len(tokens))))
-            for start, tokens in zip(stored, self.rows, strict=True)
+            for start, tokens in zip(stored, fork.rows, strict=True)
         ]
-        self.manager.truncate(np.array(lengths))
-        self.rows = [tokens[:length] for tokens, length in zip(self.rows, lengths, strict=True)]
+        fork.manager.truncate(np.array(lengths, np.int64))
+        fork.rows = [tokens[:length] for tokens, length in zip(fork.rows, lengths, strict=True)]
 
     @rule(data=st.data())
     def drop_front(self, data):
-        size = self.manager.block_size
-        first = np.array([data.draw(st.integers(0, len(tokens) // size)) for tokens in self.rows])
-        before, held, used = self.manager.table.copy(), self.manager.first, self.manager.blocks_used
-        rows, columns = self.manager.drop_front(first)
-        assert self.manager.first.tolist() == np.maximum(held, first).tolist()
-        assert (before[rows, columns] >= 0).all() and (self.manager.table[rows, columns] == -1).all()
-        assert len(rows) == int((before >= 0).sum() - (self.manager.table >= 0).sum())
-        assert self.manager.blocks_used <= used
+        fork = self.one(data)
+        manager, size = fork.manager, self.blocks.block_size
+        first = np.array([data.draw(st.integers(0, len(tokens) // size)) for tokens in fork.rows])
+        before, held, used = manager.table.copy(), manager.first, self.blocks.blocks_used
+        rows, columns = manager.drop_front(first)
+        assert manager.first.tolist() == np.maximum(held, first).tolist()
+        assert (before[rows, columns] >= 0).all() and (manager.table[rows, columns] == -1).all()
+        assert len(rows) == int((before >= 0).sum() - (manager.table >= 0).sum())
+        assert self.blocks.blocks_used <= used
 
     @rule(data=st.data())
-    def select(self, data):
-        chosen = data.draw(st.lists(st.integers(0, len(self.rows) - 1), min_size=1, max_size=6))
-        blocks_used = self.manager.blocks_used
-        self.manager.select(np.array(chosen))
-        self.rows = [list(self.rows[row]) for row in chosen]
-        assert self.manager.blocks_used <= blocks_used, "selecting rows took blocks"
+    def reorder(self, data):
+        """Any rows in any order: what beams, repeated rows and released rows come to."""
+        fork = self.one(data)
+        chosen = data.draw(st.lists(st.integers(0, len(fork.rows) - 1), min_size=1, max_size=6))
+        blocks_used = self.blocks.blocks_used
+        fork.manager.select(np.array(chosen))
+        fork.rows = [list(fork.rows[row]) for row in chosen]
+        assert self.blocks.blocks_used <= blocks_used, "selecting rows took blocks"
 
-    @precondition(lambda self: self.manager.num_blocks)
+    @precondition(lambda self: len(self.forks) < 4)
+    @rule(data=st.data())
+    def fork(self, data):
+        fork = self.one(data)
+        chosen = data.draw(st.lists(st.integers(0, len(fork.rows) - 1), min_size=1, max_size=4))
+        blocks_used = self.blocks.blocks_used
+        self.forks.append(Fork(fork.manager.fork(np.array(chosen)), [list(fork.rows[row]) for row in chosen]))
+        assert self.blocks.blocks_used == blocks_used, "a fork took blocks"
+
+    @precondition(lambda self: len(self.forks) > 1)
+    @rule(data=st.data())
+    def drop_a_fork(self, data):
+        del self.forks[data.draw(st.integers(0, len(self.forks) - 1))]
+        self.blocks.collect()
+
+    @rule()
+    def pickle_all(self):
+        managers = pickle.loads(pickle.dumps([fork.manager for fork in self.forks]))
+        self.blocks = managers[0].blocks
+        for fork, manager in zip(self.forks, managers, strict=True):
+            assert manager.blocks is self.blocks
+            fork.manager = manager
+
+    @precondition(lambda self: self.blocks.num_blocks)
     @rule()
     def empty(self):
-        self.manager.truncate(np.zeros(len(self.rows), np.int64))
-        self.rows = [[] for _ in self.rows]
-        assert self.manager.blocks_used == 0
-        assert sorted(self.manager._free) == list(range(self.manager.num_blocks))
+        for fork in self.forks:
+            fork.manager.truncate(np.zeros(len(fork.rows), np.int64))
+            fork.rows = [[] for _ in fork.rows]
+        assert self.blocks.blocks_used == 0
+        assert sorted(self.blocks.free.tolist()) == list(range(self.blocks.num_blocks))
 
     @invariant()
     def rows_read_their_own_tokens(self):
-        for row, tokens in enumerate(self.rows):
-            assert self.read(row) == tokens[int(self.manager.first[row]) * self.manager.block_size :]
+        Machine.steps += 1
+        for fork in self.forks:
+            assert fork.manager.lengths.tolist() == [len(tokens) for tokens in fork.rows]
+            for row, tokens in enumerate(fork.rows):
+                start = min(int(fork.manager.first[row]) * self.blocks.block_size, len(tokens))
+                assert self.slots[self.places(fork, row, start, len(tokens))].tolist() == tokens[start:]
 
     @invariant()
     def tables_hold_what_lengths_need(self):
-        manager = self.manager
-        assert manager.lengths.tolist() == [len(tokens) for tokens in self.rows]
-        needed = -(-manager.lengths // manager.block_size)
-        columns = np.arange(manager.table.shape[1])[None, :]
-        held = (columns >= manager.first[:, None]) & (columns < needed[:, None])
-        assert (manager.first <= needed).all()
-        assert (manager.table >= 0).tolist() == held.tolist()
+        for fork in self.forks:
+            table = fork.manager.table
+            needed = -(-fork.manager.lengths // self.blocks.block_size)
+            columns = np.arange(table.shape[1])[None, :]
+            held = (columns >= fork.manager.first[:, None]) & (columns < needed[:, None])
+            assert (fork.manager.first <= needed).all()
+            assert ((table >= 0) == held).all()
 
     @invariant()
     def every_block_is_free_or_referenced(self):
-        manager = self.manager
-        named = np.bincount(manager.table[manager.table >= 0], minlength=manager.num_blocks)
-        assert named.tolist() == manager.references.tolist()
-        assert sorted(manager._free) == np.flatnonzero(manager.references == 0).tolist()
-        assert manager.blocks_used + manager.blocks_free == manager.num_blocks
-        assert manager.blocks_shared == int((named > 1).sum())
-        assert manager.max_blocks is None or manager.num_blocks <= manager.max_blocks
+        blocks = self.blocks
+        tables = np.concatenate([fork.manager.table.ravel() for fork in self.forks])
+        named = np.bincount(tables[tables >= 0], minlength=blocks.num_blocks)
+        assert named.tolist() == blocks.references.tolist()
+        assert sorted(blocks.free.tolist()) == np.flatnonzero(named == 0).tolist()
+        assert blocks.blocks_used + blocks.blocks_free == blocks.num_blocks
+        assert blocks.blocks_shared == int((named > 1).sum())
+        assert blocks.max_blocks is None or blocks.num_blocks <= blocks.max_blocks
 
     @invariant()
     def stored_tokens_are_counted_once(self):
-        size = self.manager.block_size
-        places = {
-            (int(self.manager.table[row, i // size]), i % size)
-            for row in range(len(self.rows))
-            for i in range(int(self.manager.first[row]) * size, int(self.manager.lengths[row]))
-        }
-        assert self.manager.stored_tokens() == len(places)
+        for fork in self.forks:
+            starts = fork.manager.first * self.blocks.block_size
+            places = [self.places(fork, row, int(starts[row]), len(tokens)) for row, tokens in enumerate(fork.rows)]
+            block, offset = (np.concatenate(part) for part in zip(*places, strict=True))
+            distinct = set((block.astype(int) * self.blocks.block_size + offset).tolist())
+            assert int(fork.manager.filled().sum()) == len(distinct)
 
 
-TestRandomHistories = Machine.TestCase
-TestRandomHistories.settings = settings(max_examples=150, stateful_step_count=25, deadline=None)
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(5))
+def test_random_histories(part):
+    """In parts, so that workers can share them; seeded, so that every run is the same."""
+    Machine.steps, begun = 0, 0
+    options = settings(max_examples=100, stateful_step_count=50, deadline=None, derandomize=False)
+    while Machine.steps < STEPS // 5:
+        run_state_machine_as_test(seed(100 * part + begun)(lambda: Machine()), settings=options)
+        begun += 1
 
 
 def test_appends_of_no_tokens_change_nothing():
@@ -198,11 +280,11 @@ def test_one_of_the_rows_that_all_write_keeps_the_shared_block():
     manager.start_rows(1)
     manager.append(np.array([20]))
     manager.select(np.array([0, 0, 0]))
-    assert (manager.blocks_used, manager.blocks_shared) == (2, 2)
+    assert (manager.blocks.blocks_used, manager.blocks.blocks_shared) == (2, 2)
     change = manager.append(np.array([1, 1, 1]))
     assert len(change.copies) == 2
     assert len({int(block) for block in manager.table[:, 1]}) == 3
-    assert manager.blocks_shared == 1  # the full block, which nobody writes to
+    assert manager.blocks.blocks_shared == 1  # the full block, which nobody writes to
 
 
 def test_a_row_that_does_not_write_keeps_its_block():
@@ -222,7 +304,7 @@ def test_a_full_last_block_is_shared_and_never_copied():
     manager.append(np.array([32]))
     manager.select(np.array([0, 0]))
     assert len(manager.append(np.array([1, 1])).copies) == 0
-    assert manager.blocks_shared == 2
+    assert manager.blocks.blocks_shared == 2
 
 
 def test_freed_blocks_are_used_again_before_new_ones():
@@ -255,4 +337,4 @@ def test_a_copy_counts_against_the_cap():
     manager.select(np.array([0, 0]))
     with pytest.raises(CacheFullError):
         manager.append(np.array([1, 1]))
-    assert (manager.blocks_shared, manager.lengths.tolist()) == (1, [5, 5])
+    assert (manager.blocks.blocks_shared, manager.lengths.tolist()) == (1, [5, 5])

@@ -420,3 +420,39 @@ class TestLifetime:
         assert not cache.groups[0].has_given_back
         forward(cache, 10, 3)
         assert kept(cache.groups[0]) == [(0, 10)] * 3
+
+
+class TestForks:
+    def test_each_goes_on_behind_its_own_window(self):
+        cache = make_cache("sf", window=20)
+        forward(cache, 60, 2)
+        fork = cache.fork([1])
+        for _ in range(40):
+            forward(fork, 1)
+        forward(cache, 3, 2)
+        assert kept(fork.groups[0]) == [(80, 100)]
+        assert kept(cache.groups[0]) == [(32, 63)] * 2
+        assert [layer.group for layer in fork.layers] == list(fork.groups)
+        for one, length in ((fork, 100), (cache, 63)):
+            dense = torch.clone(one.layers[0].keys)[-1, 0, :, 0]
+            start = kept(one.groups[0])[-1][0]
+            assert torch.equal(dense[start:], torch.arange(start, float(length)))
+            assert torch.equal(torch.clone(one.layers[1].keys)[-1, 0, :, 0], torch.arange(float(length)))
+        blocks = cache.groups[0].store.blocks.blocks_used
+        del fork
+        assert cache.memory().blocks_used == 2 * 2 + 2 * 4 and blocks == 2 * 2 + 2
+
+    def test_a_saved_one_goes_on(self, tmp_path):
+        config = tiny_config("gemma3_text", sliding_window=8)
+        model = tiny_model(config, "paged_flash")
+        input_ids, mask = ragged_batch([60, 33, 5])
+        cache = PagedCache(model.config)
+        with torch.no_grad():
+            model(input_ids[:, :50], attention_mask=mask[:, :50], past_key_values=cache)
+            cache.save(tmp_path / "cache.safetensors")
+            loaded = PagedCache.load(tmp_path / "cache.safetensors", model.config)
+            assert kept(loaded.groups[0]) == kept(cache.groups[0]) and cache.groups[0].has_given_back
+            ours, theirs = (
+                model(input_ids[:, 50:], attention_mask=mask, past_key_values=one).logits for one in (loaded, cache)
+            )
+        assert torch.equal(ours, theirs)

@@ -1,6 +1,5 @@
 """PagedCache as a user meets it: what it stores, what it reports, where it ends, and how it recovers."""
 
-import copy
 import gc
 import pickle
 import threading
@@ -110,7 +109,7 @@ class TestWhatIsStored:
         input_ids, mask = ragged_batch([12, 3])
         cache = PagedCache(model.config)
         extend(model, cache, input_ids[:, :6], mask[:, :6])  # row 1 is padding so far
-        assert cache.group.manager.lengths.tolist() == [6, 0]
+        assert cache.groups[0].manager.lengths.tolist() == [6, 0]
         logits = extend(model, cache, input_ids[:, 6:], mask)
         whole = extend(model, PagedCache(model.config), input_ids, mask)[:, 6:]
         torch.testing.assert_close(logits[mask[:, 6:].bool()], whole[mask[:, 6:].bool()], rtol=0, atol=1e-4)
@@ -138,7 +137,7 @@ class TestWhatIsStored:
         cache = PagedCache(model.config)
         extend(model, cache, input_ids[:, :10], buffer[:, :10])
         buffer.fill_(True)
-        assert cache.group.real_columns().tolist() == mask[:, :10].bool().tolist()
+        assert cache.groups[0].real_columns().tolist() == mask[:, :10].bool().tolist()
         with pytest.raises(ArgumentError, match=r"row 1, column 0 was padding"):
             extend(model, cache, input_ids[:, 10:], buffer)
 
@@ -340,7 +339,7 @@ class TestHalfAForward:
         assert cache.memory() == memory
         assert cache.get_seq_length() == 12
         assert extend(model, cache, torch.tensor([[5], [6]])).shape == (2, 1, 97)
-        assert cache.group.manager.lengths.tolist() == [13, 13]
+        assert cache.groups[0].manager.lengths.tolist() == [13, 13]
 
 
 class TestRowsAndColumns:
@@ -522,7 +521,7 @@ class TestCountingOnTheDevice:
                 part = {"attention_mask": mask[:, :end], "position_ids": position_ids[:, start:end]}
                 logits.append(model(tokens[:, start:end], past_key_values=cache, **part).logits)
                 if end == 33:
-                    assert cache.group.manager.lengths.sum() > mask[:, :33].sum()  # bounds
+                    assert cache.groups[0].manager.lengths.sum() > mask[:, :33].sum()  # bounds
                     assert cache.memory().tokens == int(mask[:, :33].sum())  # the truth
                 if end == 40:
                     cache.crop(-3)
@@ -536,6 +535,36 @@ class TestCountingOnTheDevice:
             real = mask[row].bool()
             alone = extend(model, PagedCache(model.config), tokens[row][real][None])
             torch.testing.assert_close(logits[row][real], alone[0], rtol=0, atol=1e-4)
+
+    def test_forks_and_rows_that_move(self, model, counting_on_device):
+        """Between decode steps of which the host knows bounds alone, and in which rows pause."""
+        input_ids, mask = ragged_batch([20, 15, 3])
+        steps, _ = ragged_batch([9] * 3, None, seed=4)
+        mask = torch.cat([mask, torch.tensor([[1] * 9, [1, 0, 0] * 3, [0] * 4 + [1] * 5])], 1)
+        tokens = torch.cat([input_ids, steps], 1)
+        position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+        cache = PagedCache(model.config)
+
+        @torch.no_grad()
+        def step(cache, rows, start, end):
+            part = {"attention_mask": mask[rows, :end], "position_ids": position_ids[rows, start:end]}
+            return model(tokens[rows, start:end], past_key_values=cache, **part).logits
+
+        for start, end in [(0, 20), *((i, i + 1) for i in range(20, 26))]:
+            step(cache, [0, 1, 2], start, end)
+        forks = {(2, 0): cache.fork([2, 0]), (1, 1): cache.fork([1, 1]), (0, 1, 2): cache}
+        for rows, fork in forks.items():
+            logits = torch.cat([step(fork, list(rows), column, column + 1) for column in range(26, 29)], 1)
+            for index, row in enumerate(rows):
+                real = mask[row].bool()
+                alone = extend(model, PagedCache(model.config), tokens[row][real][None])[0]
+                last = real[26:]
+                torch.testing.assert_close(logits[index][last], alone[len(alone) - last.sum() :], rtol=0, atol=1e-4)
+        lengths = mask.sum(1)
+        for rows, fork in forks.items():
+            fork.memory()
+            assert fork.groups[0].manager.lengths.tolist() == lengths[list(rows)].tolist()
+        assert sum(counting_on_device) == 6 + 3 * 3
 
     @pytest.mark.parametrize("failing", [0, 2])
     def test_out_of_memory(self, model, counting_on_device, monkeypatch, failing):
@@ -599,10 +628,6 @@ class TestLifetime:
         extend(model, cache, ragged_batch([20], None)[0])
         assert cache.layers[0].keys.fresh is None
 
-    def test_deepcopy_is_refused(self, model):
-        with pytest.raises(UnsupportedFeatureError, match="can't be copied yet"):
-            copy.deepcopy(PagedCache(model.config))
-
     def test_a_pickled_cache_goes_on(self, model):
         input_ids, mask = ragged_batch([20, 9])
         cache = PagedCache(model.config)
@@ -658,7 +683,7 @@ class TestLifetime:
         padded[0, :5] = 0
         with torch.no_grad():
             model(input_ids, attention_mask=padded, use_cache=False)
-        assert cache.group.pending_mask is None and not cache.group.is_announced
+        assert cache.groups[0].pending_mask is None and not cache.groups[0].is_announced
 
 
 class TestUnderOtherImplementations:
@@ -712,7 +737,7 @@ class TestConfigurations:
 
     @pytest.mark.parametrize(("text", "size"), [("4MiB", 4 * 2**20), ("1.5GiB", 3 * 2**29), ("2GB", 2 * 10**9)])
     def test_sizes_with_units(self, text, size):
-        assert PagedCache(tiny_config("llama"), max_memory=text).group.pools.max_memory == size
+        assert PagedCache(tiny_config("llama"), max_memory=text).groups[0].pools.max_memory == size
 
     def test_a_block_larger_than_the_cap_in_bytes(self, model):
         cache = PagedCache(model.config, max_memory=100)

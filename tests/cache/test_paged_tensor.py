@@ -209,7 +209,7 @@ def test_a_handle_named_twice_is_gathered_once(handle):
 def test_padded_columns_read_as_zero():
     cache = PagedCache(tiny_config("llama"))
     cache.get_mask_sizes(4, 0)
-    cache.group.pending_mask = torch.tensor([[False, True, True, False], [True, True, True, True]])
+    cache.groups[0].pending_mask = torch.tensor([[False, True, True, False], [True, True, True, True]])
     key = torch.randn(2, 2, 4, 16)
     dense = cache.update(key, key, 0)[0].clone()
     expected = key.clone()

@@ -282,19 +282,6 @@ def test_a_mask_that_hides_other_keys_later_on_is_refused(pairs, monkeypatch):
         )
 
 
-def test_a_mask_of_ones_may_be_left_out_later_on(pairs, monkeypatch):
-    eager, paged = pairs("bart")
-    seen = caches_of(paged, monkeypatch)
-    input_ids, mask = ragged_batch([21, 21], None)
-    inputs = {"input_ids": input_ids, "attention_mask": mask}
-    start = generate(paged, inputs, max_new_tokens=4)
-    with torch.no_grad():
-        encoded = paged.get_encoder()(**inputs)
-        logits = paged(encoder_outputs=encoded, decoder_input_ids=start[:, -1:], past_key_values=seen[0]).logits
-        whole = eager(**inputs, decoder_input_ids=start).logits[:, -1:]
-    torch.testing.assert_close(logits, whole, rtol=0, atol=1e-4)
-
-
 def test_caches_that_were_named_are_left_alone(pairs, monkeypatch):
     eager, paged = pairs("bart")
     seen = caches_of(paged, monkeypatch)

@@ -238,3 +238,47 @@ def test_memory_is_given_back(give_back):
         del cache
     # without a garbage collection; an empty cache may keep a few bytes a layer
     assert torch.cuda.memory_allocated() - before <= 2**14
+
+
+@pytest.mark.parametrize("options", [{"do_sample": True, "top_k": 0, "num_return_sequences": 16}, {"num_beams": 8}])
+@pytest.mark.parametrize("model_type", ["llama", "gpt_oss", "gemma2"])
+def test_samples_and_beams_share_the_prompt(model_type, options):
+    eager, paged = (_model(model_type, name, torch.float32) for name in ("eager", "paged_flash"))
+    input_ids, mask = (x.to(DEVICE) for x in ragged_batch(PROMPTS, "left"))
+    options = {"do_sample": False, "max_new_tokens": 20} | options
+    torch.manual_seed(5)
+    expected = eager.generate(input_ids, attention_mask=mask, **options)
+    cache = PagedCache(paged.config)
+    torch.manual_seed(5)
+    assert torch.equal(paged.generate(input_ids, attention_mask=mask, past_key_values=cache, **options), expected)
+    assert counters().kernel["copy_blocks"] >= 1 and counters().reference_total == 0
+    memory, new = cache.memory(), 19
+    if "num_beams" in options:
+        assert sum(n // 16 for n in PROMPTS) <= memory.blocks_shared
+        assert memory.tokens <= sum(n // 16 * 16 + 8 * (n % 16 + new) for n in PROMPTS)
+    else:
+        assert memory.tokens == sum(n // 16 * 16 + 16 * (n % 16 + new) for n in PROMPTS)
+        assert memory.blocks_used == sum(n // 16 + 16 * -(-(n % 16 + new) // 16) for n in PROMPTS)
+
+
+@torch.no_grad()
+def test_forks_and_saved_caches_go_on(tmp_path):
+    """A fork in the middle of decoding, and a cache from a file that moves to the GPU in its first forward."""
+    model = _model("llama", "paged_flash", torch.float32)
+    input_ids, mask, _ = _batch().values()
+    prompt = PROMPTS[0]
+    cache = PagedCache(model.config)
+    for start, end in [(0, prompt), (prompt, prompt + 1), (prompt + 1, prompt + 2)]:
+        model(input_ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache)
+    rows = [2, 0, 0]
+    fork = cache.fork(rows)
+    cache.save(tmp_path / "cache.safetensors")
+    loaded = PagedCache.load(tmp_path / "cache.safetensors", model.config)
+    whole = model(input_ids, attention_mask=mask, use_cache=False).logits
+    for column in range(prompt + 2, input_ids.shape[1]):
+        for one, which in ((fork, rows), (cache, [0, 1, 2, 3]), (loaded, [0, 1, 2, 3])):
+            new, seen = input_ids[which, column : column + 1], mask[which, : column + 1]
+            logits = model(new, attention_mask=seen, past_key_values=one).logits
+            torch.testing.assert_close(logits[:, 0], whole[which, column], rtol=0.0, atol=1e-4)
+    assert all(layer.pool.key.is_cuda for layer in loaded.layers)
+    assert cache.layers[0].pool is fork.layers[0].pool

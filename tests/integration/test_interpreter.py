@@ -71,3 +71,18 @@ def test_every_way_to_read_keys_gives_eagers_logits(pair):
     ran = counters()
     assert ran.kernel == {"flash_forward": 2 * (2 + 3), "store_kv": 2 * 5, "paged_decode": 2 * 2}
     assert ran.reference_total == ran.dense_gather_total == 0
+
+
+def test_samples_share_the_prompt_through_the_kernels(pair):
+    """The samples' first step copies the prompt's last block, all layers in one launch."""
+    input_ids, _ = ragged_batch((19,), None)
+    options = {"do_sample": True, "top_k": 0, "num_return_sequences": 3, "max_new_tokens": 4}
+    torch.manual_seed(0)
+    expected = pair.eager.generate(input_ids, **options)
+    configure(backend="triton")
+    cache = PagedCache(pair.paged.config)
+    torch.manual_seed(0)
+    assert torch.equal(pair.paged.generate(input_ids, past_key_values=cache, **options), expected)
+    assert counters().kernel == {"store_kv": 2 * 4, "flash_forward": 2, "paged_decode": 2 * 3, "copy_blocks": 1}
+    assert counters().reference_total == 0
+    assert (cache.memory().blocks_used, cache.memory().tokens) == (1 + 3, 16 + 3 * 6)

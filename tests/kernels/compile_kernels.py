@@ -100,7 +100,7 @@ def representative() -> list[Case]:
     cases += [_forward(75, "fp32", 256, page_size=16), _decode(75, "fp32", 256), _decode(90, "bf16", 128, group=1)]
     cases += [_forward(90, "fp16", 128, page_size=64, packed=True, **EVERYTHING)]
     cases += [_forward(90, "bf16", 128, causal=False)]
-    cases += [Case(arch, "store_kv", "fp16", 128, page_size=16) for arch in (75, 90)]
+    cases += [Case(arch, op, "fp16", 128, page_size=16) for arch in (75, 90) for op in ("store_kv", "copy_blocks")]
     return cases + representative_backward()
 
 
@@ -146,6 +146,7 @@ def _launch(case: Case) -> None:
     """Calls the launcher on tensors without storage."""
     import torch
 
+    from hf_paged_flash.kernels.copy_blocks import copy_blocks
     from hf_paged_flash.kernels.flash_backward import flash_backward
     from hf_paged_flash.kernels.flash_forward import flash_forward
     from hf_paged_flash.kernels.paged_decode import paged_decode
@@ -173,6 +174,8 @@ def _launch(case: Case) -> None:
     if case.op == "store_kv":
         new_k, new_v = tensor(batch, 512, kv_heads, case.head_dim), tensor(batch, 512, kv_heads, v_head_dim)
         store_kv(new_k, new_v, k, v, tensor(batch * 512, dtype=torch.int64))
+    elif case.op == "copy_blocks":
+        copy_blocks([k, v], tensor(15, 2, dtype=torch.int64))
     elif case.op == "paged_decode":
         q = tensor(batch, case.seqlen_q, heads, case.head_dim)
         paged_decode(q, k, v, cache_seqlens=lengths, block_table=table, **scoring)

@@ -144,6 +144,16 @@ def store_kv(device: str) -> None:
     assert all(torch.equal(x.cpu(), y) for x, y in zip(moved, caches, strict=True))
 
 
+def copy_blocks(device: str) -> None:
+    from hf_paged_flash.kernels.copy_blocks import copy_blocks as launcher
+
+    caches, copies = [_random(5, 16, 3, head_dim) for head_dim in (72, 40)], torch.tensor([[4, 0], [4, 3], [1, 2]])
+    moved = [x.to(device) for x in caches]
+    launcher(moved, copies.to(device))
+    reference.copy_blocks(caches, copies)
+    assert all(torch.equal(x.cpu(), y) for x, y in zip(moved, caches, strict=True))
+
+
 def backward(device: str) -> None:
     from hf_paged_flash.kernels.flash_backward import flash_backward
 
@@ -185,7 +195,7 @@ def hopper_backward(device: str) -> None:
             _check_backward(first_three, device, tensors, options | {"causal": causal})
 
 
-PORTABLE = (forward, paged_forward, paged_decode, store_kv, backward, modified_backward)
+PORTABLE = (forward, paged_forward, paged_decode, store_kv, copy_blocks, backward, modified_backward)
 CASES = {case.__name__: case for case in (*PORTABLE, hopper_forward, hopper_backward)}
 
 

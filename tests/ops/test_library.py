@@ -105,6 +105,7 @@ OPERATOR_CALLS = {
         {"cache_seqlens": LENGTHS, "block_table": TABLE, "s_aux": torch.zeros(4), **FORWARD},
     ),
     "store": lambda: (library.store_kv, (K, K, CACHE.clone(), CACHE.clone(), torch.arange(10)), {}),
+    "copy": lambda: (library.copy_blocks, ([CACHE.clone(), CACHE.clone()], torch.tensor([[0, 1]])), {}),
 }
 
 
