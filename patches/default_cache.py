@@ -9,15 +9,16 @@ from transformers.generation.utils import GenerationMixin
 from transformers.utils import logging
 
 from hf_paged_flash.errors import UnsupportedFeatureError
-from hf_paged_flash.patches.base import Patch
+from hf_paged_flash.patches.base import Patch, cache_name
 
 logger = logging.get_logger(__name__)
 
 
 def _prepare_cache(original, self, generation_config, model_kwargs, *args, **kwargs):
-    given = model_kwargs.get("past_key_values")
+    given = model_kwargs.get(cache_name(model_kwargs))
     result = original(self, generation_config, model_kwargs, *args, **kwargs)
-    built = model_kwargs.get("past_key_values")
+    name = cache_name(model_kwargs)
+    built = model_kwargs.get(name)
     config = self.config.get_text_config(decoder=True)
     if (
         given is None
@@ -34,12 +35,12 @@ def _prepare_cache(original, self, generation_config, model_kwargs, *args, **kwa
             )
             return result
         try:
-            model_kwargs["past_key_values"] = PagedCache(config)
+            model_kwargs[name] = PagedCache(config)
         except UnsupportedFeatureError as error:
             logger.warning_once(f"generate() keeps DynamicCache for this model: {error}")
             return result
         if generation_config.is_assistant:  # as transformers has told the cache it built: tokens will be taken back
-            model_kwargs["past_key_values"].activate_past_recording()
+            model_kwargs[name].activate_past_recording()
     return result
 
 
