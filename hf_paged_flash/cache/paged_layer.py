@@ -65,9 +65,7 @@ class PagedLayer(CacheLayerMixin):
         group, pool = self.group, self.group.pools.get(self.layer_idx)
         if pool is not None and self.layer_idx not in group.store.loaded:
             return pool
-        if pool is None:
-            fresh = BlockPool(group.block_size, key, value, self._dtype)
-        else:
+        if pool is not None:
             for kind, new, stored in (("keys", key, pool.key), ("values", value, pool.value)):
                 sizes, expected = (new.shape[1], new.shape[3]), tuple(stored.shape[2:])
                 if sizes != expected:
@@ -75,22 +73,26 @@ class PagedLayer(CacheLayerMixin):
                         f"layer {self.layer_idx} of the loaded cache holds {kind} of (heads, head_dim) {expected}, "
                         f"the model makes {sizes}: load the cache with the model that made it"
                     )
-            fresh = self._moved(pool, key, value)
-        group.pools.add(self.layer_idx, fresh)
+        if pool is None or pool.key.device != key.device:
+            pool = self._new_pool(pool, key, value)
         group.store.loaded.discard(self.layer_idx)
-        return fresh
+        return pool
 
-    def _moved(self, pool: BlockPool, key: torch.Tensor, value: torch.Tensor) -> BlockPool:
-        if pool.key.device == key.device:
+    def _new_pool(self, old: BlockPool | None, key: torch.Tensor, value: torch.Tensor) -> BlockPool:
+        """A pool on the device of `key`, with the blocks of `old`."""
+        pools = self.group.pools
+        pool = BlockPool(self.group.block_size, key, value, self._dtype if old is None else old.key.dtype)
+        pools.add(self.layer_idx, pool)
+        if old is None:
             return pool
-        fresh = BlockPool(self.group.block_size, key, value, pool.key.dtype)
         try:
-            fresh.grow(pool.num_blocks)
+            pool.grow(old.num_blocks)
         except BaseException as error:
-            raise growth_error(error, pool.num_blocks, 0) from error
-        fresh.key[: pool.num_blocks].copy_(pool.key)
-        fresh.value[: pool.num_blocks].copy_(pool.value)
-        return fresh
+            pools.add(self.layer_idx, old)
+            raise growth_error(error, old.num_blocks, 0) from error
+        pool.key[: old.num_blocks].copy_(old.key)
+        pool.value[: old.num_blocks].copy_(old.value)
+        return pool
 
     def restore(self, pool: BlockPool) -> None:
         """Takes over a pool that was saved; it goes to the model's device in the first forward."""
