@@ -73,7 +73,7 @@ class PagedCache(Cache):
     Only real tokens are stored, padding never; a row wastes at most the rest of its last block. Blocks are taken when
     tokens arrive, a fortieth more than needed once the pools grow; `crop()` frees them for later tokens, `reset()` and
     dropping the cache give the memory back. Rows that share a past (beams, repeated rows) share its blocks until one
-    of them writes.
+    of them writes, and so do caches: `fork()`, which `copy.copy` and `copy.deepcopy` are too.
 
     Args:
         config: the model's configuration; a composite model's text decoder is found in it.
