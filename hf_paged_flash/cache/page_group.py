@@ -134,10 +134,13 @@ class PageGroup:
             needed = len(self._before.change.blocks)
             self._undo(step.start)
             raise growth_error(error, needed, self.manager.blocks_free) from error
+        self._use_room()
 
     def _append(self, counts: np.ndarray) -> Append:
         """`manager.append`, with the layers' pools grown to match."""
         self.manager.max_blocks = self.pools.cap
+        if self.pools.is_elastic:
+            self.manager.growth = 0  # it takes whole pages anyway, and copies nothing
         change = self.manager.append(counts)
         self._before = replace(self._before, change=change)
         try:
@@ -145,7 +148,14 @@ class PageGroup:
         except BaseException as error:
             free = self.manager.blocks_free + len(change.blocks) - (self.manager.num_blocks - change.num_blocks)
             raise growth_error(error, len(change.blocks), free) from error
+        self._use_room()
         return change
+
+    def _use_room(self) -> None:
+        """Lets rows have what the pools hold beyond what was asked for: the rest of their last pages."""
+        if self.pools.is_complete:
+            room, cap = self.pools.room, self.pools.cap
+            self.manager.resize(max(self.manager.num_blocks, room if cap is None else min(room, cap)))
 
     def _undo(self, columns: int) -> None:
         """Takes back the step that has begun at `columns`: what layers stored for it is forgotten."""
@@ -272,6 +282,7 @@ class PageGroup:
         self.manager.truncate(lengths)
         self._mask = None if self._mask is None else self._mask[:, :columns]
         self._lengths_changed(columns)
+        self.shrink()
 
     def select(self, rows: torch.Tensor) -> None:
         """Row i becomes what row `rows[i]` was; blocks are shared, no K/V moves. Nothing while nothing is stored."""
@@ -282,6 +293,18 @@ class PageGroup:
         if self._mask is not None:
             self._mask = self._mask[rows.to(self._mask.device)]
         self._lengths_changed(self.columns)
+        self.shrink()
+
+    def shrink(self) -> None:
+        """Gives free blocks at the end of the pools back to the device, if they are many: it is waited for."""
+        if self.manager.blocks_free < self.manager.num_blocks // 4:
+            return
+        used = self.manager.blocks_spanned
+        keep = used + used // 16 + 1  # so that what grows again a little need not ask for it
+        if self.pools.is_worth_shrinking(keep):
+            self.manager.resize(min(keep, self.manager.num_blocks))
+            self.pools.shrink(keep)
+            self._use_room()
 
     def _lengths_changed(self, columns: int) -> None:
         self._step_gone(columns)
