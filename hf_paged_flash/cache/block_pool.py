@@ -33,8 +33,10 @@ class BlockPool:
         key, value = self._shapes
         width = key.numel() + value.numel()
         blocks = elements[: len(elements) // width * width].view(-1, width)
-        self.key = blocks[:, : key.numel()].unflatten(1, key)
-        self.value = blocks[:, key.numel() :].unflatten(1, value)
+        self.key, self.value = (
+            blocks[:, : key.numel()].unflatten(1, key),
+            blocks[:, key.numel() :].unflatten(1, value),
+        )
 
     @property
     def num_blocks(self) -> int:
