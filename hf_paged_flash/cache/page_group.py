@@ -121,8 +121,9 @@ class PageGroup:
         """
         blocks, cap = self.manager.num_blocks, self.pools.cap
         if cap is not None and blocks > cap:  # layers differ in size, and the first ones were the smaller ones
+            below = self._below_one_block(blocks)
             self._undo(step.start)
-            raise CacheFullError(
+            raise below or CacheFullError(
                 f"the paged cache is full: {blocks} blocks take more than the {self.pools.max_memory} bytes of "
                 "`max_memory`. The tokens stored before this forward are intact: raise it, shorten or split the batch",
                 blocks_needed=blocks,
@@ -141,7 +142,10 @@ class PageGroup:
         self.manager.max_blocks = self.pools.cap
         if self.pools.is_elastic:
             self.manager.growth = 0  # it takes whole pages anyway, and copies nothing
-        change = self.manager.append(counts)
+        try:
+            change = self.manager.append(counts)
+        except CacheFullError as error:
+            raise self._below_one_block(error.blocks_needed) or error from None
         self._before = replace(self._before, change=change)
         try:
             self.pools.grow(self.manager.num_blocks)
@@ -150,6 +154,17 @@ class PageGroup:
             raise growth_error(error, len(change.blocks), free) from error
         self._use_room()
         return change
+
+    def _below_one_block(self, blocks_needed: int) -> CacheFullError | None:
+        """What to raise where `max_memory` is too small for any block, as the layers that have stored show."""
+        if self.pools.cap != 0:
+            return None
+        return CacheFullError(
+            f"`max_memory` is {self.pools.max_memory} bytes, and one block of {self.block_size} tokens takes "
+            f"{self.pools.block_bytes} in {self.pools.num_layers} layers: make a cache with at least that",
+            blocks_needed=blocks_needed,
+            blocks_free=0,
+        )
 
     def _use_room(self) -> None:
         """Lets rows have what the pools hold beyond what was asked for: the rest of their last pages."""
