@@ -99,6 +99,31 @@ class CudaDriver:
         torch.cuda.empty_cache()
 
 
+class MetaDriver:
+    """`CudaDriver`'s calls on the meta device: pages are counted as on a GPU, and nothing is behind them.
+
+    So a cache of meta tensors tells what it would take from a device.
+    """
+
+    granularity = 2 * 2**20
+    total_memory = 2**40
+
+    def __init__(self) -> None:
+        self.abandoned: list[tuple] = []
+        self.process = os.getpid()
+
+    def tensor(self, owner: object, address: int, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device="meta")
+
+    def is_capturing(self) -> bool:
+        return False
+
+    def _nothing(self, *arguments) -> int:
+        return 0
+
+    reserve = free = create = retain = release = map = unmap = allow = wait = empty_cache = _nothing
+
+
 class _Array:
     """What torch reads a tensor's place from, and keeps as long as its storage."""
 
@@ -115,6 +140,8 @@ class _Array:
 @cache
 def unavailable(device: torch.device) -> str | None:
     """Why pools on `device`, with its index, can't grow in place; None where they can."""
+    if device.type == "meta":
+        return None
     if device.type != "cuda" or torch.version.hip:
         return "only CUDA has the virtual memory API"
     try:
@@ -132,9 +159,11 @@ def unavailable(device: torch.device) -> str | None:
 
 
 @cache
-def driver_of(device: torch.device) -> CudaDriver | None:
+def driver_of(device: torch.device) -> CudaDriver | MetaDriver | None:
     """The driver of `device`, with its index; None where memory can't grow in place."""
-    return CudaDriver(device) if unavailable(device) is None else None
+    if unavailable(device) is not None:
+        return None
+    return MetaDriver() if device.type == "meta" else CudaDriver(device)
 
 
 class ElasticMemory:
@@ -148,7 +177,7 @@ class ElasticMemory:
         reserve: bytes of addresses to reserve at first. Growth beyond them maps the same pages at other addresses.
     """
 
-    def __init__(self, driver: CudaDriver, reserve: int) -> None:
+    def __init__(self, driver: CudaDriver | MetaDriver, reserve: int) -> None:
         self._driver = driver
         self.reserve = reserve
         self._range: _Range | None = None
