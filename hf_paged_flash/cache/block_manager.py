@@ -139,6 +139,27 @@ class BlockManager:
             self.references = self.references[:num_blocks]
         self.num_blocks = num_blocks
 
+    def moves_to_front(self) -> np.ndarray:
+        """Moves that would leave the end free, int64 (n, 2): the highest blocks in use, the lowest free ones."""
+        named = np.bincount(self.table[self.table >= 0], minlength=self.num_blocks)
+        # a block that is not named as often as referenced here is someone else's as well, and stays
+        sources = np.flatnonzero((self.references > 0) & (named == self.references))[::-1]
+        targets = np.array(sorted(self._free), np.int64)
+        count = min(len(sources), len(targets))
+        moves = np.stack([sources[:count], targets[:count]], axis=1)
+        return moves[moves[:, 0] > moves[:, 1]]
+
+    def move(self, moves: np.ndarray) -> None:
+        """Rows that named `moves[i, 0]` name `moves[i, 1]`, free until now, to which its K/V has been copied."""
+        sources, targets = moves.T
+        place = np.arange(self.num_blocks)
+        place[sources] = targets
+        named = self.table >= 0
+        self.table[named] = place[self.table[named]]
+        self.references[targets] = self.references[sources]
+        self.references[sources] = 0
+        self._free = np.flatnonzero(self.references == 0).tolist()
+
     def truncate(self, lengths: np.ndarray) -> None:
         """Shortens row b to `lengths[b]` tokens and releases the blocks behind them."""
         keep = -(-lengths // self.block_size)

@@ -2,6 +2,7 @@
 
 from bisect import bisect_right
 
+import numpy as np
 import torch
 
 from ..errors import CacheFullError
@@ -131,6 +132,12 @@ class LayerPools:
         """Gives back what lies behind the first `num_blocks` blocks in memory that shrinks in place."""
         for pool in self._elastic:
             pool.shrink(num_blocks)
+
+    def copy_blocks(self, moves: np.ndarray) -> None:
+        """Copies block `moves[:, 0]` to `moves[:, 1]`, int64 (n, 2), in every layer."""
+        on_device = {pool.key.device: torch.from_numpy(moves).to(pool.key.device) for pool in self._pools}
+        for pool in self._pools:
+            pool.copy_blocks(on_device[pool.key.device])
 
     @property
     def _elastic(self) -> list[BlockPool]:

@@ -311,15 +311,28 @@ class PageGroup:
         self.shrink()
 
     def shrink(self) -> None:
-        """Gives free blocks at the end of the pools back to the device, if they are many: it is waited for."""
-        if self.manager.blocks_free < self.manager.num_blocks // 4:
+        """Gives free blocks back to the device if they are many: blocks at the end move to free ones before them.
+
+        The device is waited for then.
+        """
+        manager = self.manager
+        if manager.blocks_free < manager.num_blocks // 4:
             return
-        used = self.manager.blocks_spanned
-        keep = used + used // 16 + 1  # so that what grows again a little need not ask for it
-        if self.pools.is_worth_shrinking(keep):
-            self.manager.resize(min(keep, self.manager.num_blocks))
-            self.pools.shrink(keep)
-            self._use_room()
+        keep = manager.blocks_used + manager.blocks_used // 16 + 1  # what grows again a little need not ask for it
+        if not self.pools.is_worth_shrinking(keep):
+            return
+        if manager.blocks_spanned > keep:
+            moves = manager.moves_to_front()
+            try:
+                self.pools.copy_blocks(moves)
+            except torch.OutOfMemoryError:
+                return  # no room to move anything: all is as it was
+            manager.move(moves)
+            self._block_table = None
+        keep = min(max(keep, manager.blocks_spanned), manager.num_blocks)
+        manager.resize(keep)
+        self.pools.shrink(keep)
+        self._use_room()
 
     def _lengths_changed(self, columns: int) -> None:
         self._step_gone(columns)

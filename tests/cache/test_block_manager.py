@@ -118,6 +118,18 @@ class Machine(RuleBasedStateMachine):
         self.manager.resize(num_blocks)
         assert (self.manager.num_blocks, self.manager.blocks_used) == (num_blocks, blocks_used)
 
+    @rule()
+    def move_to_front(self):
+        manager = self.manager
+        moves = manager.moves_to_front()
+        for source, target in moves:
+            assert manager.references[target] == 0 < manager.references[source]
+            for offset in range(manager.block_size):
+                self.slots[int(target), offset] = self.slots.get((int(source), offset), UNWRITTEN)
+                self.slots[int(source), offset] = UNWRITTEN  # given back to the device
+        manager.move(moves)
+        assert manager.blocks_spanned == manager.blocks_used
+
     @precondition(lambda self: self.manager.num_blocks)
     @rule()
     def empty(self):
@@ -229,6 +241,15 @@ def test_the_end_empties():
     assert manager.blocks_spanned == 40
     manager.resize(40)
     assert (manager.num_blocks, manager.blocks_free) == (40, 0)
+
+
+def test_a_block_that_others_name_too_does_not_move():
+    manager = BlockManager(16)
+    manager.start_rows(2)
+    manager.append(np.array([32, 32]))
+    manager.truncate(np.array([0, 32]))
+    manager.references[3] += 1  # of a table elsewhere
+    assert manager.moves_to_front().tolist() == [[2, 0]]
 
 
 def test_growth_is_an_eighth_at_least_and_stays_under_the_cap():

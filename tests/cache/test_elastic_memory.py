@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_paged_flash import CacheFullError, PagedCache
 from hf_paged_flash.cache import elastic_memory, layer_pools
+from hf_paged_flash.cache.block_pool import BlockPool
 from hf_paged_flash.cache.elastic_memory import ElasticMemory
 from tests.cache.fake_driver import FakeDriver
 from tests.cache.feed import Feed, pointers
@@ -327,7 +328,10 @@ class TestShrinking:
         cache, feed = self.filled(driver)
         cache.batch_select_indices(torch.tensor([1]))
         feed.select([1])
-        assert driver.pages == 3 * 11, "row 1 lies behind row 0: blocks 20 to 39, and three to spare"
+        assert driver.pages == 3 * 6, "row 1 lay behind row 0 and moves to the front; two blocks to spare"
+        assert cache.group.manager.table[0, :20].max() == 19
+        feed.check(cache)
+        driver.use()
         cache.crop(-320)
         assert driver.pages == 3
         feed.crop(0)
@@ -336,14 +340,37 @@ class TestShrinking:
 
     def test_low_blocks_are_filled_first(self, driver):
         cache, feed = self.filled(driver)
-        cache.batch_select_indices(torch.tensor([1, 3]))
-        feed.select([1, 3])
+        cache.batch_select_indices(torch.tensor([1, 2, 3]))
+        feed.select([1, 2, 3])
         pages = driver.pages
-        feed.update(cache, feed.columns(320))
-        assert driver.pages == pages, "the freed blocks hold the new tokens"
+        feed.update(cache, feed.columns(96))
+        assert driver.pages == pages, "the blocks of the row that left hold the new tokens"
         feed.check(cache)
-        cache.crop(-320)
-        feed.crop(320)
+
+    def test_shared_blocks_move_once(self, driver):
+        cache, feed = self.filled(driver)
+        cache.reorder_cache(torch.tensor([3, 3, 2, 3]))
+        feed.select([3, 3, 2, 3])
+        assert driver.pages == 3 * 11
+        assert (cache.memory().blocks_used, cache.memory().blocks_shared) == (40, 20)
+        feed.check(cache)
+        feed.update(cache, feed.columns(30))
+        feed.check(cache)
+
+    def test_no_room_to_move_anything(self, driver, monkeypatch):
+        cache, feed = self.filled(driver)
+        before = driver.pages
+
+        def full(self, copies):
+            raise torch.OutOfMemoryError("simulated")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(BlockPool, "copy_blocks", full)
+            cache.batch_select_indices(torch.tensor([3]))
+        feed.select([3])
+        assert driver.pages == before
+        feed.check(cache)
+        feed.update(cache, feed.columns(30))
         feed.check(cache)
 
     @pytest.mark.parametrize("removed", [20, 160])
