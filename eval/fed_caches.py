@@ -11,6 +11,8 @@ import torch
 from transformers import Cache, DynamicCache, LlamaConfig, MistralConfig, PreTrainedConfig, StaticCache
 from transformers.masking_utils import create_causal_mask
 
+from hf_paged_flash import PagedCache
+
 SHAPE = {
     "hidden_size": 4096,
     "intermediate_size": 14336,
@@ -57,8 +59,6 @@ class FedCaches:
     """
 
     def __init__(self, config: PreTrainedConfig, columns: int, block_sizes: list[int]) -> None:
-        from hf_paged_flash import PagedCache
-
         self.config = config
         config._attn_implementation = "paged_flash"  # its mask function tells a PagedCache what is padding
         self.caches: dict[tuple[str, int | None], Cache] = {

@@ -122,11 +122,11 @@ class LayerPools:
             torch.cuda.empty_cache()  # the old pools' memory fits no later request: growth is rare, hand it back
 
     def is_worth_shrinking(self, num_blocks: int) -> bool:
-        """Whether `shrink` would give back a quarter of the memory, and `MIN_PAGES` a layer: pages cost time."""
+        """Whether `shrink` would give back an eighth of the memory, and `MIN_PAGES` a layer: pages cost time."""
         pools = self._elastic
         spare = [pool.bytes_reserved - pool.bytes_for(num_blocks) for pool in pools]
         enough = MIN_PAGES * sum(pool.memory.page for pool in pools)
-        return bool(pools) and sum(spare) >= max(enough, sum(pool.bytes_reserved for pool in pools) // 4)
+        return bool(pools) and sum(spare) >= max(enough, sum(pool.bytes_reserved for pool in pools) // 8)
 
     def shrink(self, num_blocks: int) -> None:
         """Gives back what lies behind the first `num_blocks` blocks in memory that shrinks in place."""

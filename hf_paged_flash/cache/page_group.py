@@ -316,7 +316,7 @@ class PageGroup:
         The device is waited for then.
         """
         manager = self.manager
-        if manager.blocks_free < manager.num_blocks // 4:
+        if manager.blocks_free < manager.num_blocks // 8:
             return
         keep = manager.blocks_used + manager.blocks_used // 16 + 1  # what grows again a little need not ask for it
         if not self.pools.is_worth_shrinking(keep):

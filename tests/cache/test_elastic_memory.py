@@ -339,11 +339,11 @@ class TestShrinking:
         feed.check(cache)
 
     def test_low_blocks_are_filled_first(self, driver):
-        cache, feed = self.filled(driver)
+        cache, feed = self.filled(driver, columns=160)
         cache.batch_select_indices(torch.tensor([1, 2, 3]))
         feed.select([1, 2, 3])
         pages = driver.pages
-        feed.update(cache, feed.columns(96))
+        feed.update(cache, feed.columns(48))
         assert driver.pages == pages, "the blocks of the row that left hold the new tokens"
         feed.check(cache)
 
