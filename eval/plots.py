@@ -90,7 +90,7 @@ def draw_memory(rows: list[dict], path: Path) -> None:
     figure, axes = pyplot.subplots(lines, 2, figsize=(9, 2.6 * lines), layout="constrained", squeeze=False)
     drawn = {}
     for axis in axes.flat[len(series) :]:
-        axis.remove()
+        axis.axis("off")
     for axis, (title, by_cache) in zip(axes.flat, series.items(), strict=False):
         axis.set_title(title, fontsize=8)
         axis.grid(alpha=0.3)
@@ -102,7 +102,8 @@ def draw_memory(rows: list[dict], path: Path) -> None:
                 drawn.setdefault("needed", axis.fill_between(forwards, 0, needed, **grey, zorder=0))
         axis.set_ylim(bottom=0)
     names = IMPLEMENTATIONS | {"needed": "tokens that are still needed, once"}
-    figure.supxlabel("forward")
+    for axis in axes[-1]:
+        axis.set_xlabel("forward")
     figure.supylabel("GiB of K/V reserved, Llama-3.1-8B's shape")
     figure.legend(drawn.values(), [names[name] for name in drawn], loc="outside lower center", ncols=4)
     _save(figure, rows, path)

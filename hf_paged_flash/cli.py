@@ -38,7 +38,7 @@ def perplexity(context: typer.Context) -> None:
 
 @app.command(context_settings=PASSED_ON)
 def memory(context: typer.Context) -> None:
-    """Compare the K/V memory of DynamicCache, StaticCache and PagedCache on a ragged batch."""
+    """Compare the K/V memory of DynamicCache, StaticCache and PagedCache by workload."""
     _hand_over(context, "hf_paged_flash.eval.memory")
 
 

@@ -22,6 +22,9 @@ class LayerPools:
     Args:
         num_layers: layers of the group, most of which have no pool before the first forward.
         num_blocks, max_memory: the cap in blocks and in bytes; None for none.
+
+    Attributes:
+        is_elastic: whether growth copies nothing in any layer; False before the first.
     """
 
     def __init__(self, num_layers: int, num_blocks: int | None, max_memory: int | None) -> None:
@@ -30,6 +33,7 @@ class LayerPools:
         self.max_memory = max_memory
         self._pools: list[BlockPool] = []
         self._bytes_cap: int | None = None  # `max_memory` in blocks
+        self.is_elastic = False
 
     @property
     def block_bytes(self) -> int:
@@ -56,11 +60,6 @@ class LayerPools:
         return len(self._pools) == self.num_layers
 
     @property
-    def is_elastic(self) -> bool:
-        """Whether growth copies nothing in any layer."""
-        return bool(self._pools) and all(pool.memory is not None for pool in self._pools)
-
-    @property
     def cap(self) -> int | None:
         """The cap in blocks, the lower one of two; None for none, or while a block's size is not known.
 
@@ -75,6 +74,7 @@ class LayerPools:
         self._pools.append(pool)
         exact = None if self.max_memory is None else self.max_memory // self.block_bytes
         pool.memory = self._memory_for(pool, min((c for c in (self.num_blocks, exact) if c is not None), default=None))
+        self.is_elastic = len(self._elastic) == len(self._pools)
         if exact is not None:
             # a layer's last page holds at most a page more than its blocks
             page = max(item.memory.page if item.memory else 0 for item in self._pools)
@@ -97,7 +97,7 @@ class LayerPools:
 
     def clear(self) -> None:
         self._pools.clear()
-        self._bytes_cap = None
+        self._bytes_cap, self.is_elastic = None, False
 
     def release(self) -> None:
         """Gives the memory back; the layers keep their pools, empty."""

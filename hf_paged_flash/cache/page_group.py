@@ -147,6 +147,8 @@ class PageGroup:
         except CacheFullError as error:
             raise self._below_one_block(error.blocks_needed) or error from None
         self._before = replace(self._before, change=change)
+        if self.manager.num_blocks == change.num_blocks:
+            return change  # as in nearly every decode step
         try:
             self.pools.grow(self.manager.num_blocks)
         except BaseException as error:
