@@ -5,6 +5,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import Cache, LogitsProcessor, PreTrainedConfig, PreTrainedModel
@@ -166,8 +167,7 @@ def window(scale: float = 1.0) -> Workload:
         _generate(model, cache, _ids(mask, model.device), mask, **options)
 
     title = f"4 prompts of {prompt} tokens under a window of {size}, {new} new"
-    config = lambda layers: mistral_7b(layers, size)  # noqa: E731
-    return Workload(f"window-{size}", title, config, 4, prompt + new, feed, generate)
+    return Workload(f"window-{size}", title, partial(mistral_7b, window=size), 4, prompt + new, feed, generate)
 
 
 class _EndsAt(LogitsProcessor):
