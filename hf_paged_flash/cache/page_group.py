@@ -315,7 +315,7 @@ class PageGroup:
     def shrink(self) -> None:
         """Gives free blocks back to the device if they are many: blocks at the end move to free ones before them.
 
-        The device is waited for then.
+        Between forwards only. The device is waited for then, and the last step can't be taken back any more.
         """
         manager = self.manager
         if manager.blocks_free < manager.num_blocks // 8:
@@ -330,7 +330,7 @@ class PageGroup:
             except torch.OutOfMemoryError:
                 return  # no room to move anything: all is as it was
             manager.move(moves)
-            self._block_table = None
+        self._step_gone(self.columns)
         keep = min(max(keep, manager.blocks_spanned), manager.num_blocks)
         manager.resize(keep)
         self.pools.shrink(keep)

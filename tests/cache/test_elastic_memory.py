@@ -12,6 +12,7 @@ from hf_paged_flash import CacheFullError, PagedCache
 from hf_paged_flash.cache import elastic_memory, layer_pools
 from hf_paged_flash.cache.block_pool import BlockPool
 from hf_paged_flash.cache.elastic_memory import ElasticMemory
+from hf_paged_flash.cache.page_group import PageGroup
 from tests.cache.fake_driver import FakeDriver
 from tests.cache.feed import Feed, pointers
 from tests.tiny_models import ragged_batch, tiny_config, tiny_model
@@ -381,11 +382,23 @@ class TestShrinking:
         assert driver.pages == pages
         assert driver.in_use, "the device was waited for without need"
 
-    def test_decode_steps_give_nothing_back(self, model, driver):
+    @pytest.mark.parametrize("on_device", [False, True])
+    def test_beams(self, model, driver, monkeypatch, on_device):
+        """Blocks come and go in every step; `on_device` counts as on a GPU."""
+        if on_device:
+            monkeypatch.setattr(
+                PageGroup, "_counts_on_device", lambda self, mask, q_length, device: q_length == 1 and self.columns > 0
+            )
         cache = PagedCache(model.config)
         input_ids, mask = ragged_batch([300, 2])
-        model.generate(input_ids, attention_mask=mask, past_key_values=cache, max_new_tokens=50, num_beams=3)
-        assert cache.memory().bytes_reserved == driver.pages * PAGE
+        options = {"attention_mask": mask, "max_new_tokens": 50, "num_beams": 3, "do_sample": False}
+        tokens = model.generate(input_ids, past_key_values=cache, **options)
+        memory = cache.memory()
+        assert memory.bytes_reserved == driver.pages * PAGE
+        assert memory.blocks_used * 3 * BLOCK_BYTES >= 0.7 * memory.bytes_reserved, "free blocks stayed"
+        del cache
+        driver.total_memory = 0
+        assert torch.equal(tokens, model.generate(input_ids, past_key_values=ordinary(model), **options))
 
     def test_ordinary_tensors_stay(self):
         cache, feed = PagedCache(tiny_config("llama")), Feed(rows=1)
