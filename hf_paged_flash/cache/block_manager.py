@@ -1,10 +1,13 @@
 """Which row owns which block: free list, reference counts, block tables, copy-on-write. Host only, no tensors."""
 
 from dataclasses import dataclass
+from heapq import heappop, heappush
 
 import numpy as np
 
 from ..errors import CacheFullError
+
+_MANY = 64  # blocks that are sorted at once rather than pushed and popped one by one; a sorted list is a heap
 
 
 @dataclass(frozen=True)
@@ -32,16 +35,19 @@ class BlockManager:
     - row b's `ceil(lengths[b] / block_size)` first table entries are blocks, all others -1;
     - a block that more than one row names is never handed out for writing: its writer gets a copy first;
     - a call that cannot be served raises `CacheFullError` and changes nothing.
+
+    The lowest free block is handed out first, so that the end of the pools empties and can be given back.
     """
 
     def __init__(self, block_size: int, max_blocks: int | None = None) -> None:
         self.block_size = block_size
         self.max_blocks = max_blocks  # None: no cap
+        self.growth = 1 / 40  # the least that growth adds, as a share of the blocks that exist
         self.num_blocks = 0  # blocks that exist, used and free
         self.lengths = np.zeros(0, np.int64)  # tokens of each row
         self.table = np.full((0, 0), -1, np.int32)
         self.references = np.zeros(0, np.int32)
-        self._free: list[int] = []
+        self._free: list[int] = []  # a heap
 
     @property
     def blocks_free(self) -> int:
@@ -54,6 +60,12 @@ class BlockManager:
     @property
     def blocks_shared(self) -> int:
         return int((self.references > 1).sum())
+
+    @property
+    def blocks_spanned(self) -> int:
+        """One more than the highest block in use."""
+        used = np.flatnonzero(self.references)
+        return int(used[-1]) + 1 if len(used) else 0
 
     def row_blocks(self) -> np.ndarray:
         """Blocks that each row's tokens need, int64 (rows,)."""
@@ -78,7 +90,7 @@ class BlockManager:
         needed = int(added.sum()) + len(copies)
         self._reserve(needed)
 
-        blocks = np.array([self._free.pop() for _ in range(needed)], np.int64)
+        blocks = self._take(needed)
         self.references[blocks] = 1
         copy_targets, new = blocks[: len(copies)], blocks[len(copies) :]
         rows = np.repeat(np.arange(len(counts)), added)
@@ -112,10 +124,41 @@ class BlockManager:
         self.table[change.rows[copied], change.columns[copied]] = sources
         np.add.at(self.references, sources, 1)
         self.references[change.blocks] = 0
-        free = [*self._free, *reversed(change.blocks.tolist())]
-        self._free = [block for block in free if block < num_blocks]
-        self.references = self.references[:num_blocks]
-        self.lengths, self.num_blocks = change.lengths, num_blocks
+        self._give(change.blocks.tolist())
+        self.resize(num_blocks)
+        self.lengths = change.lengths
+
+    def resize(self, num_blocks: int) -> None:
+        """From now on `num_blocks` blocks exist, at least `blocks_spanned`; those that come are free."""
+        added = num_blocks - self.num_blocks
+        if added > 0:
+            self._free += range(self.num_blocks, num_blocks)  # higher than all others: still a heap
+            self.references = np.concatenate([self.references, np.zeros(added, np.int32)])
+        elif added < 0:
+            self._free = sorted(block for block in self._free if block < num_blocks)
+            self.references = self.references[:num_blocks]
+        self.num_blocks = num_blocks
+
+    def moves_to_front(self) -> np.ndarray:
+        """Moves that would leave the end free, int64 (n, 2): the highest blocks in use, the lowest free ones."""
+        named = np.bincount(self.table[self.table >= 0], minlength=self.num_blocks)
+        # a block that is not named as often as referenced here is someone else's as well, and stays
+        sources = np.flatnonzero((self.references > 0) & (named == self.references))[::-1]
+        targets = np.array(sorted(self._free), np.int64)
+        count = min(len(sources), len(targets))
+        moves = np.stack([sources[:count], targets[:count]], axis=1)
+        return moves[moves[:, 0] > moves[:, 1]]
+
+    def move(self, moves: np.ndarray) -> None:
+        """Rows that named `moves[i, 0]` name `moves[i, 1]`, free until now, to which its K/V has been copied."""
+        sources, targets = moves.T
+        place = np.arange(self.num_blocks)
+        place[sources] = targets
+        named = self.table >= 0
+        self.table[named] = place[self.table[named]]
+        self.references[targets] = self.references[sources]
+        self.references[sources] = 0
+        self._free = np.flatnonzero(self.references == 0).tolist()
 
     def truncate(self, lengths: np.ndarray) -> None:
         """Shortens row b to `lengths[b]` tokens and releases the blocks behind them."""
@@ -168,16 +211,29 @@ class BlockManager:
                 blocks_free=max(room, 0),
             )
         # A first prefill gets what it needs; later growth takes a little more, so that pools are copied rarely.
-        total = max(self.blocks_used + needed, self.num_blocks + self.num_blocks // 40)
-        if self.max_blocks is not None:
-            total = min(total, self.max_blocks)
-        self._free = list(range(total - 1, self.num_blocks - 1, -1)) + self._free
-        self.references = np.concatenate([self.references, np.zeros(total - self.num_blocks, np.int32)])
-        self.num_blocks = total
+        total = max(self.blocks_used + needed, self.num_blocks + int(self.num_blocks * self.growth))
+        self.resize(total if self.max_blocks is None else min(total, self.max_blocks))
+
+    def _take(self, count: int) -> np.ndarray:
+        """The lowest `count` free blocks, int64, no longer free."""
+        if count > _MANY:
+            self._free.sort()
+            taken, self._free = self._free[:count], self._free[count:]
+        else:
+            taken = [heappop(self._free) for _ in range(count)]
+        return np.array(taken, np.int64)
+
+    def _give(self, blocks: list[int]) -> None:
+        if len(blocks) > _MANY:
+            self._free = sorted(self._free + blocks)
+        else:
+            for block in blocks:
+                heappush(self._free, block)
 
     def _release(self, blocks: np.ndarray) -> None:
         np.subtract.at(self.references, blocks, 1)
-        self._free.extend(int(block) for block in np.unique(blocks) if self.references[block] == 0)
+        blocks = np.unique(blocks)
+        self._give(blocks[self.references[blocks] == 0].tolist())
 
     def _widen(self, width: int) -> None:
         if width > self.table.shape[1]:

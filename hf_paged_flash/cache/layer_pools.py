@@ -1,9 +1,19 @@
 """The block pools of a group's layers: one cap for all of them, and growth that all take part in."""
 
+from bisect import bisect_right
+
+import numpy as np
 import torch
 
 from ..errors import CacheFullError
+from . import elastic_memory
 from .block_pool import BlockPool
+from .elastic_memory import ElasticMemory
+
+# Layers so narrow that a page of memory holds more blocks than this, and caps of fewer pages a layer than this, would
+# waste most of what they map: they get ordinary tensors.
+MAX_BLOCKS_A_PAGE = 256
+MIN_PAGES = 4
 
 
 class LayerPools:
@@ -12,6 +22,9 @@ class LayerPools:
     Args:
         num_layers: layers of the group, most of which have no pool before the first forward.
         num_blocks, max_memory: the cap in blocks and in bytes; None for none.
+
+    Attributes:
+        is_elastic: whether growth copies nothing in any layer; False before the first.
     """
 
     def __init__(self, num_layers: int, num_blocks: int | None, max_memory: int | None) -> None:
@@ -19,6 +32,8 @@ class LayerPools:
         self.num_blocks = num_blocks
         self.max_memory = max_memory
         self._pools: list[BlockPool] = []
+        self._bytes_cap: int | None = None  # `max_memory` in blocks
+        self.is_elastic = False
 
     @property
     def block_bytes(self) -> int:
@@ -40,18 +55,49 @@ class LayerPools:
         return min((pool.num_blocks for pool in self._pools), default=0)
 
     @property
+    def is_complete(self) -> bool:
+        """Whether every layer has stored, so that `room` is that of all."""
+        return len(self._pools) == self.num_layers
+
+    @property
     def cap(self) -> int | None:
-        """The cap in blocks, the lower one of two; None for none, or while a block's size is not known."""
+        """The cap in blocks, the lower one of two; None for none, or while a block's size is not known.
+
+        Bytes are those taken from the device, whole pages where memory is taken in pages.
+        """
         caps = [] if self.num_blocks is None else [self.num_blocks]
-        if self.max_memory is not None and self._pools:
-            caps.append(self.max_memory // self.block_bytes)
+        if self._bytes_cap is not None:
+            caps.append(self._bytes_cap)
         return min(caps, default=None)
 
     def add(self, pool: BlockPool) -> None:
         self._pools.append(pool)
+        exact = None if self.max_memory is None else self.max_memory // self.block_bytes
+        pool.memory = self._memory_for(pool, min((c for c in (self.num_blocks, exact) if c is not None), default=None))
+        self.is_elastic = len(self._elastic) == len(self._pools)
+        if exact is not None:
+            # a layer's last page holds at most a page more than its blocks
+            page = max(item.memory.page if item.memory else 0 for item in self._pools)
+            least = max(self.max_memory - page * self.num_layers, 0) // self.block_bytes
+            self._bytes_cap = bisect_right(range(exact + 1), self.max_memory, lo=least, key=self._bytes_for) - 1
+
+    def _memory_for(self, pool: BlockPool, cap: int | None) -> ElasticMemory | None:
+        driver = elastic_memory.driver_of(pool.key.device)
+        if driver is None:
+            return None
+        most = driver.total_memory if cap is None else min(driver.total_memory, cap * pool.block_bytes)
+        if pool.block_bytes * MAX_BLOCKS_A_PAGE < driver.granularity or most < MIN_PAGES * driver.granularity:
+            return None
+        # a layer's share of the device; more than that where layers differ in size or lie on several devices
+        return ElasticMemory(driver, min(most, 4 * driver.total_memory // self.num_layers))
+
+    def _bytes_for(self, num_blocks: int) -> int:
+        """Bytes that `num_blocks` blocks take over all layers, counted as in `block_bytes`."""
+        return sum(pool.bytes_for(num_blocks) for pool in self._pools) * self.num_layers // len(self._pools)
 
     def clear(self) -> None:
         self._pools.clear()
+        self._bytes_cap, self.is_elastic = None, False
 
     def release(self) -> None:
         """Gives the memory back; the layers keep their pools, empty."""
@@ -62,11 +108,40 @@ class LayerPools:
         """Makes room for `num_blocks` blocks in every pool.
 
         Raises:
-            torch.OutOfMemoryError: the device has no room; some pools may have more blocks than others.
+            torch.OutOfMemoryError: the device has no room. Memory that grows in place is as it was; of ordinary
+                tensors some may have more blocks than others.
         """
-        freed = sum(pool.grow(num_blocks) for pool in self._pools)
+        before = [pool.num_blocks for pool in self._pools]
+        try:
+            freed = sum(pool.grow(num_blocks) for pool in self._pools)
+        except BaseException:
+            for pool, blocks in zip(self._pools, before, strict=True):
+                pool.shrink(blocks)
+            raise
         if freed > 32 * 2**20 and self._pools[0].key.is_cuda:
             torch.cuda.empty_cache()  # the old pools' memory fits no later request: growth is rare, hand it back
+
+    def is_worth_shrinking(self, num_blocks: int) -> bool:
+        """Whether `shrink` would give back an eighth of the memory, and `MIN_PAGES` a layer: pages cost time."""
+        pools = self._elastic
+        spare = [pool.bytes_reserved - pool.bytes_for(num_blocks) for pool in pools]
+        enough = MIN_PAGES * sum(pool.memory.page for pool in pools)
+        return bool(pools) and sum(spare) >= max(enough, sum(pool.bytes_reserved for pool in pools) // 8)
+
+    def shrink(self, num_blocks: int) -> None:
+        """Gives back what lies behind the first `num_blocks` blocks in memory that shrinks in place."""
+        for pool in self._elastic:
+            pool.shrink(num_blocks)
+
+    def copy_blocks(self, moves: np.ndarray) -> None:
+        """Copies block `moves[:, 0]` to `moves[:, 1]`, int64 (n, 2), in every layer."""
+        on_device = {pool.key.device: torch.from_numpy(moves).to(pool.key.device) for pool in self._pools}
+        for pool in self._pools:
+            pool.copy_blocks(on_device[pool.key.device])
+
+    @property
+    def _elastic(self) -> list[BlockPool]:
+        return [pool for pool in self._pools if pool.memory is not None]
 
 
 def growth_error(error: BaseException, blocks_needed: int, blocks_free: int) -> BaseException:

@@ -121,8 +121,9 @@ class PageGroup:
         """
         blocks, cap = self.manager.num_blocks, self.pools.cap
         if cap is not None and blocks > cap:  # layers differ in size, and the first ones were the smaller ones
+            below = self._below_one_block(blocks)
             self._undo(step.start)
-            raise CacheFullError(
+            raise below or CacheFullError(
                 f"the paged cache is full: {blocks} blocks take more than the {self.pools.max_memory} bytes of "
                 "`max_memory`. The tokens stored before this forward are intact: raise it, shorten or split the batch",
                 blocks_needed=blocks,
@@ -134,18 +135,44 @@ class PageGroup:
             needed = len(self._before.change.blocks)
             self._undo(step.start)
             raise growth_error(error, needed, self.manager.blocks_free) from error
+        self._use_room()
 
     def _append(self, counts: np.ndarray) -> Append:
         """`manager.append`, with the layers' pools grown to match."""
         self.manager.max_blocks = self.pools.cap
-        change = self.manager.append(counts)
+        if self.pools.is_elastic:
+            self.manager.growth = 0  # it takes whole pages anyway, and copies nothing
+        try:
+            change = self.manager.append(counts)
+        except CacheFullError as error:
+            raise self._below_one_block(error.blocks_needed) or error from None
         self._before = replace(self._before, change=change)
+        if self.manager.num_blocks == change.num_blocks:
+            return change  # as in nearly every decode step
         try:
             self.pools.grow(self.manager.num_blocks)
         except BaseException as error:
             free = self.manager.blocks_free + len(change.blocks) - (self.manager.num_blocks - change.num_blocks)
             raise growth_error(error, len(change.blocks), free) from error
+        self._use_room()
         return change
+
+    def _below_one_block(self, blocks_needed: int) -> CacheFullError | None:
+        """What to raise where `max_memory` is too small for any block, as the layers that have stored show."""
+        if self.pools.cap != 0:
+            return None
+        return CacheFullError(
+            f"`max_memory` is {self.pools.max_memory} bytes, and one block of {self.block_size} tokens takes "
+            f"{self.pools.block_bytes} in {self.pools.num_layers} layers: make a cache with at least that",
+            blocks_needed=blocks_needed,
+            blocks_free=0,
+        )
+
+    def _use_room(self) -> None:
+        """Lets rows have what the pools hold beyond what was asked for: the rest of their last pages."""
+        if self.pools.is_complete:
+            room, cap = self.pools.room, self.pools.cap
+            self.manager.resize(max(self.manager.num_blocks, room if cap is None else min(room, cap)))
 
     def _undo(self, columns: int) -> None:
         """Takes back the step that has begun at `columns`: what layers stored for it is forgotten."""
@@ -272,6 +299,7 @@ class PageGroup:
         self.manager.truncate(lengths)
         self._mask = None if self._mask is None else self._mask[:, :columns]
         self._lengths_changed(columns)
+        self.shrink()
 
     def select(self, rows: torch.Tensor) -> None:
         """Row i becomes what row `rows[i]` was; blocks are shared, no K/V moves. Nothing while nothing is stored."""
@@ -282,6 +310,31 @@ class PageGroup:
         if self._mask is not None:
             self._mask = self._mask[rows.to(self._mask.device)]
         self._lengths_changed(self.columns)
+        self.shrink()
+
+    def shrink(self) -> None:
+        """Gives free blocks back to the device if they are many: blocks at the end move to free ones before them.
+
+        Between forwards only. The device is waited for then, and the last step can't be taken back any more.
+        """
+        manager = self.manager
+        if manager.blocks_free < manager.num_blocks // 8:
+            return
+        keep = manager.blocks_used + manager.blocks_used // 16 + 1  # what grows again a little need not ask for it
+        if not self.pools.is_worth_shrinking(keep):
+            return
+        if manager.blocks_spanned > keep:
+            moves = manager.moves_to_front()
+            try:
+                self.pools.copy_blocks(moves)
+            except torch.OutOfMemoryError:
+                return  # no room to move anything: all is as it was
+            manager.move(moves)
+        self._step_gone(self.columns)
+        keep = min(max(keep, manager.blocks_spanned), manager.num_blocks)
+        manager.resize(keep)
+        self.pools.shrink(keep)
+        self._use_room()
 
     def _lengths_changed(self, columns: int) -> None:
         self._step_gone(columns)

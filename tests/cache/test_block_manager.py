@@ -6,10 +6,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from hf_paged_flash.cache import block_manager
 from hf_paged_flash.cache.block_manager import BlockManager
 from hf_paged_flash.errors import CacheFullError
 
 UNWRITTEN = -1
+MANY = block_manager._MANY
 
 
 def snapshot(manager: BlockManager) -> tuple:
@@ -34,13 +36,18 @@ class Machine(RuleBasedStateMachine):
         block_size=st.sampled_from([1, 2, 4, 16]),
         max_blocks=st.one_of(st.none(), st.integers(1, 24)),
         rows=st.integers(1, 5),
+        many=st.sampled_from([0, 2, MANY]),
     )
-    def start(self, block_size, max_blocks, rows):
+    def start(self, block_size, max_blocks, rows, many):
         self.manager = BlockManager(block_size, max_blocks)
         self.manager.start_rows(rows)
         self.rows: list[list[int]] = [[] for _ in range(rows)]
         self.slots: dict[tuple[int, int], int] = {}
         self.next_token = 0
+        block_manager._MANY = many
+
+    def teardown(self):
+        block_manager._MANY = MANY
 
     def read(self, row: int) -> list[int]:
         size = self.manager.block_size
@@ -57,6 +64,8 @@ class Machine(RuleBasedStateMachine):
             assert snapshot(self.manager) == before
             assert error.blocks_needed > error.blocks_free >= 0
             return
+        taken = change.blocks.tolist()
+        assert taken == sorted(taken) and all(block > taken[-1] for block in self.manager._free if taken)
         for source, target in change.copies:
             for offset in range(self.manager.block_size):
                 self.slots[int(target), offset] = self.slots.get((int(source), offset), UNWRITTEN)
@@ -100,6 +109,26 @@ class Machine(RuleBasedStateMachine):
         self.manager.select(np.array(chosen))
         self.rows = [list(self.rows[row]) for row in chosen]
         assert self.manager.blocks_used <= blocks_used, "selecting rows took blocks"
+
+    @rule(data=st.data())
+    def resize(self, data):
+        most = self.manager.max_blocks or self.manager.num_blocks + 100
+        num_blocks = data.draw(st.integers(self.manager.blocks_spanned, max(most, self.manager.num_blocks)))
+        blocks_used = self.manager.blocks_used
+        self.manager.resize(num_blocks)
+        assert (self.manager.num_blocks, self.manager.blocks_used) == (num_blocks, blocks_used)
+
+    @rule()
+    def move_to_front(self):
+        manager = self.manager
+        moves = manager.moves_to_front()
+        for source, target in moves:
+            assert manager.references[target] == 0 < manager.references[source]
+            for offset in range(manager.block_size):
+                self.slots[int(target), offset] = self.slots.get((int(source), offset), UNWRITTEN)
+                self.slots[int(source), offset] = UNWRITTEN  # given back to the device
+        manager.move(moves)
+        assert manager.blocks_spanned == manager.blocks_used
 
     @precondition(lambda self: self.manager.num_blocks)
     @rule()
@@ -196,6 +225,31 @@ def test_freed_blocks_are_used_again_before_new_ones():
     manager.truncate(np.array([0, 64]))
     manager.append(np.array([64, 0]))
     assert manager.num_blocks == 8
+
+
+def test_the_end_empties():
+    """What comes goes into the lowest free blocks, so that rows which leave free the end of the pools."""
+    manager = BlockManager(16)
+    manager.start_rows(3)
+    manager.append(np.array([16 * 50, 16 * 100, 16 * 50]))
+    manager.truncate(np.array([0, 16 * 100, 16 * 50]))
+    assert (manager.blocks_free, manager.blocks_spanned) == (50, 200)
+    manager.truncate(np.array([0, 16 * 100, 0]))
+    assert manager.blocks_spanned == 150
+    manager.append(np.array([16 * 40, 0, 0]))
+    manager.truncate(np.array([16 * 40, 0, 0]))
+    assert manager.blocks_spanned == 40
+    manager.resize(40)
+    assert (manager.num_blocks, manager.blocks_free) == (40, 0)
+
+
+def test_a_block_that_others_name_too_does_not_move():
+    manager = BlockManager(16)
+    manager.start_rows(2)
+    manager.append(np.array([32, 32]))
+    manager.truncate(np.array([0, 32]))
+    manager.references[3] += 1  # of a table elsewhere
+    assert manager.moves_to_front().tolist() == [[2, 0]]
 
 
 def test_growth_is_an_eighth_at_least_and_stays_under_the_cap():
