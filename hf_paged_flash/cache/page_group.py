@@ -57,7 +57,9 @@ class PageGroup:
     def clear(self) -> None:
         """Forgets every token and gives the memory back, as soon as no fork has a token either."""
         self.manager.start_rows(0)
-        if self.store.give_back() and len(self.store.groups) == 1:
+        if not self.store.give_back():
+            self.store.shrink()
+        elif len(self.store.groups) == 1:
             self.pools.clear()  # what comes next may have another dtype or device
         self._start()
 
@@ -139,8 +141,9 @@ class PageGroup:
         """
         blocks, cap = self.manager.num_blocks, self.pools.cap
         if cap is not None and blocks > cap:  # layers differ in size, and the first ones were the smaller ones
+            below = self._below_one_block(blocks)
             self._refuse(step.start)
-            raise CacheFullError(
+            raise below or CacheFullError(
                 f"the paged cache is full: {blocks} blocks take more than the {self.pools.max_memory} bytes of "
                 "`max_memory`. The tokens stored before this forward are intact: raise it, shorten or split the batch",
                 blocks_needed=blocks,
@@ -152,18 +155,26 @@ class PageGroup:
             needed = len(self._before.change.blocks)
             self._refuse(step.start)
             raise growth_error(error, needed, self.store.blocks.blocks_free) from error
+        self.store.use_room()
 
     def _append(self, counts: np.ndarray) -> Append:
         """`manager.append`, with the layers' pools grown to match and shared blocks copied for those who write."""
-        self.store.blocks.max_blocks = self.pools.cap
-        change = self.manager.append(counts)
-        self._before = replace(self._before, change=change)
+        blocks = self.store.blocks
+        blocks.max_blocks = self.pools.cap
+        if self.pools.is_elastic:
+            blocks.growth = 0  # it takes whole pages anyway, and copies nothing
         try:
-            self.pools.grow(self.manager.num_blocks)
-        except BaseException as error:
-            added = self.manager.num_blocks - change.num_blocks
-            free = self.store.blocks.blocks_free + len(change.blocks) - added
-            raise growth_error(error, len(change.blocks), free) from error
+            change = self.manager.append(counts)
+        except CacheFullError as error:
+            raise self._below_one_block(error.blocks_needed) or error from None
+        self._before = replace(self._before, change=change)
+        if blocks.num_blocks > change.num_blocks:  # in few decode steps
+            try:
+                self.pools.grow(blocks.num_blocks)
+            except BaseException as error:
+                free = blocks.blocks_free + len(change.blocks) - (blocks.num_blocks - change.num_blocks)
+                raise growth_error(error, len(change.blocks), free) from error
+            self.store.use_room()
         if len(change.copies):
             self.pools.copy_blocks(change.copies)
         return change
@@ -173,6 +184,17 @@ class PageGroup:
         self._undo(columns)
         if columns == 0:
             self.store.give_back()
+
+    def _below_one_block(self, blocks_needed: int) -> CacheFullError | None:
+        """What to raise where `max_memory` is too small for any block, as the layers that have stored show."""
+        if self.pools.cap != 0:
+            return None
+        return CacheFullError(
+            f"`max_memory` is {self.pools.max_memory} bytes, and one block of {self.block_size} tokens takes "
+            f"{self.pools.block_bytes} in {self.pools.num_layers} layers: make a cache with at least that",
+            blocks_needed=blocks_needed,
+            blocks_free=0,
+        )
 
     def _undo(self, columns: int) -> None:
         """Takes back the step that has begun at `columns`: what layers stored for it is forgotten."""
@@ -287,16 +309,16 @@ class PageGroup:
         """Drops all columns from `columns` on, and the blocks behind them."""
         if self._can_undo(columns):
             self._undo(self.step.start)  # rows that were about to part share their blocks again
-            if columns == self.columns:
-                return
-        self.sync_lengths()
-        gone = self.columns - columns
-        if self._mask is not None and self._mask.shape[1] > columns:
-            known = self._mask[:, columns:].cpu().numpy()
-            gone = gone - known.shape[1] + np.array([np.count_nonzero(row) for row in known])
-        self.manager.truncate(self.manager.lengths - gone)
-        self._mask = None if self._mask is None else self._mask[:, :columns]
-        self._lengths_changed(columns)
+        if columns < self.columns:
+            self.sync_lengths()
+            gone = self.columns - columns
+            if self._mask is not None and self._mask.shape[1] > columns:
+                known = self._mask[:, columns:].cpu().numpy()
+                gone = gone - known.shape[1] + np.array([np.count_nonzero(row) for row in known])
+            self.manager.truncate(self.manager.lengths - gone)
+            self._mask = None if self._mask is None else self._mask[:, :columns]
+            self._lengths_changed(columns)
+        self.store.shrink()
 
     def _can_undo(self, columns: int) -> bool:
         """Whether the last step, if all of it goes, can be taken back as if it had never been."""
@@ -312,6 +334,12 @@ class PageGroup:
         if self._mask is not None:
             self._mask = self._mask[torch.from_numpy(rows).to(self._mask.device)]
         self._lengths_changed(self.columns)
+        self.store.shrink()
+
+    def move(self, place: np.ndarray) -> None:
+        """Follows blocks that moved from b to `place[b]`; the last step can't be taken back any more."""
+        self.manager.move(place)
+        self._step_gone(self.columns)
 
     def fork(self, rows: np.ndarray) -> "PageGroup":
         """A group of its own whose row i is what row `rows[i]` is here; it shares the blocks and the pools."""
@@ -327,7 +355,7 @@ class PageGroup:
 
     def restore(self, table: np.ndarray, lengths: np.ndarray, columns: int, mask: torch.Tensor | None) -> None:
         """Takes over rows that were saved, into a group that has none; its blocks are 0 to the largest in `table`."""
-        self.store.blocks.extend(int(table.max(initial=-1)) + 1)
+        self.store.blocks.resize(int(table.max(initial=-1)) + 1)
         self.manager.table, self.manager.lengths = table.copy(), lengths.copy()
         self.store.blocks.adopt(table[table >= 0])
         self.columns, self._mask = columns, mask

@@ -107,7 +107,7 @@ class PagedLayer(CacheLayerMixin):
         """Stores the new keys and values (B, Hkv, S, D | Dv) and returns handles on all of them, see `PagedTensor`.
 
         Raises:
-            CacheFullError: no room; what was stored before this forward is intact in every layer.
+            CacheFullError: no room. Whatever is raised, what was stored before this forward is intact in every layer.
             UnsupportedFeatureError: the call is traced as one graph (`torch.compile(fullgraph=True)`, `torch.export`).
         """
         if torch.compiler.is_compiling():
@@ -115,19 +115,32 @@ class PagedLayer(CacheLayerMixin):
                 "PagedCache can't be traced by torch.compile or torch.export yet: call the model as it is, or pass "
                 "`past_key_values=DynamicCache(config=model.config)` to the compiled one"
             )
-        if not self.is_initialized:  # before the step: a cap in bytes needs to know a block's
-            self.lazy_initialization(key_states, value_states)
+        step = self.group.step if self.columns < self.group.columns else None  # under way in other layers
+        try:
+            if not self.is_initialized:  # before the step: a cap in bytes needs to know a block's
+                self.lazy_initialization(key_states, value_states)
+        except BaseException:
+            if step is not None:
+                self.group.take_back(step)
+            raise
         step = self._join_step(key_states)
+        try:
+            self._store(key_states, value_states, step)
+            self.group.layer_columns[self.layer_idx] = step.end
+            self._step = step
+            fresh = (key_states, value_states) if step.start == 0 else (None, None)
+            handles = self._handle("key", fresh[0]), self._handle("value", fresh[1])
+        except BaseException:
+            self.group.take_back(step)  # does nothing where the group itself has done so
+            raise
+        self.had_grad |= torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
+        return handles
+
+    @torch.no_grad()
+    def _store(self, key_states: torch.Tensor, value_states: torch.Tensor, step: ForwardStep) -> None:
         if self.pool.num_blocks < step.num_blocks:
             self.group.join_pool(self.pool, step)
-        local = step.to(self.device)
-        self.had_grad |= torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
-        with torch.no_grad():
-            self.pool.store(key_states.transpose(1, 2), value_states.transpose(1, 2), local.slot_mapping)
-        self._step = step
-        self.group.layer_columns[self.layer_idx] = step.end
-        fresh = (key_states, value_states) if step.start == 0 else (None, None)
-        return self._handle("key", fresh[0]), self._handle("value", fresh[1])
+        self.pool.store(key_states.transpose(1, 2), value_states.transpose(1, 2), step.to(self.device).slot_mapping)
 
     def _join_step(self, key_states: torch.Tensor) -> ForwardStep:
         group, step = self.group, self.group.step
