@@ -50,6 +50,7 @@ class PageStore:
         Between forwards only. The device is waited for then, and no fork's last step can be taken back any more.
         """
         blocks = self.blocks
+        groups = list(self.groups)  # held, so that no table is dropped half way and misses the moves
         blocks.collect()
         if blocks.blocks_free < blocks.num_blocks // 8:
             return
@@ -65,7 +66,7 @@ class PageStore:
                 return  # no room to move anything: all is as it was
             blocks.move(moves)
             place[moves[:, 0]] = moves[:, 1]
-        for group in list(self.groups):
+        for group in groups:
             group.move(place)
         keep = min(max(keep, blocks.blocks_spanned), blocks.num_blocks)
         blocks.resize(keep)
