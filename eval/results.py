@@ -32,6 +32,7 @@ UNITS = {
     "peak_gib": "GiB",
     "device_gib": "GiB",
     "errors": "errors",
+    "explained": "reports",
     "out_of_memory": "1 = yes",
     "reserved_gib": "GiB",
     "stored_gib": "GiB",
