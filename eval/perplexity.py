@@ -24,6 +24,8 @@ from hf_paged_flash.eval.results import Recorder, device_name, results_folder, v
 from hf_paged_flash.eval.text import batched, load_text, strided_windows
 from hf_paged_flash.eval.ways import OURS, WAYS
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -47,8 +49,11 @@ def _load(model: str | None, implementation: str, dtype: str, device: torch.devi
         from hf_paged_flash.eval import assets
 
         model = str(assets.model_path())
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation=implementation)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation=implementation)
+    except (OSError, ValueError) as error:  # what transformers raises for names that it doesn't know
+        raise ArgumentError(f"{model} can't be loaded with {implementation!r}: {error}") from error
     return loaded.to(device).eval(), tokenizer
 
 
@@ -99,6 +104,8 @@ def main(
     import hf_paged_flash
 
     names = names_of(implementations, None, "implementations")
+    if dtype not in DTYPES:
+        raise ArgumentError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}")
     chosen_ways = names_of(ways, WAYS, "ways")
     settled = _settle_device(device)
     recorder = Recorder("perplexity", device=str(settled), folder=results_folder(record, out))

@@ -32,10 +32,12 @@ UNITS = {
     "peak_gib": "GiB",
     "device_gib": "GiB",
     "errors": "errors",
+    "explained": "reports",
     "out_of_memory": "1 = yes",
     "reserved_gib": "GiB",
     "stored_gib": "GiB",
     "waste_pct": "%",
+    "gib_over_time": "[forward, GiB reserved, GiB stored]",
 }
 
 
@@ -138,8 +140,8 @@ class Recorder:
     run: str = field(default_factory=lambda: f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}")
     rows: list[dict] = field(default_factory=list)
 
-    def add(self, case: dict, impl: str, metric: str, value: float) -> None:
-        """Adds one measurement; `metric` must have a unit in `UNITS`."""
+    def add(self, case: dict, impl: str, metric: str, value: float | list) -> None:
+        """Adds one measurement, or the points of a series; `metric` must have a unit in `UNITS`."""
         if metric not in UNITS:
             raise ValueError(f"`metric` must be one of {', '.join(UNITS)}, got {metric!r}")
         self.rows.append(

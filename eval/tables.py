@@ -25,8 +25,8 @@ IMPLEMENTATIONS = {
     "sdpa_cudnn": "SDPA cuDNN",
     "flex": "FlexAttention",
     "flashinfer": "FlashInfer",
-    "dynamic": "DynamicCache, padded",
-    "static": "StaticCache, 4096 a row",
+    "dynamic": "DynamicCache",
+    "static": "StaticCache",
     "paged": "PagedCache",
 }
 # What a table multiplies: ours, and whom it is compared with.
@@ -249,29 +249,64 @@ def perplexity(folder: Path) -> str:
     return f"{markdown(heading, table)}\n\n{source(rows)}"
 
 
+def memory_rows(folder: Path, counted: bool) -> list[dict]:
+    """The rows of the memory benchmark: for each workload, those of the last run that counted, or measured, it."""
+    rows = newest_runs(folder / "memory.jsonl", lambda row: (row["gpu"] == "cpu", row["case"]["workload"]))
+    return [row for row in rows if (row["gpu"] == "cpu") == counted]
+
+
+def _title(case: dict) -> str:
+    return case.get("title", case["workload"])
+
+
 def memory(folder: Path) -> str:
-    """K/V bytes of a ragged batch."""
-    rows = newest_runs(folder / "memory.jsonl")
-    groups: dict[tuple, dict[str, float]] = {}
+    """K/V bytes that caches reserve, by workload."""
+    rows = [row for row in memory_rows(folder, counted=True) if row["metric"] != "gib_over_time"]
+    groups: dict[tuple, dict] = {}
+    smallest = min((row["case"].get("block_size", 16) for row in rows), default=16)
     for row in rows:
-        groups.setdefault((row["impl"], row["case"].get("block_size")), {})[row["metric"]] = row["value"]
-    table = [
-        [
-            IMPLEMENTATIONS[impl] + (f", blocks of {size}" if size else ""),
-            f"{values['reserved_gib']:.2f}",
-            f"{values['stored_gib']:.2f}",
-            f"{values['waste_pct']:.1f} %",
+        block_size = row["case"].get("block_size", smallest)
+        group = groups.setdefault((_title(row["case"]), block_size), {})
+        group[row["impl"], row["metric"]] = row["value"]
+    if not groups:
+        raise NoRows("counted")
+    table = []
+    for (title, block_size), values in groups.items():
+        what = title if block_size == smallest else f"the same, blocks of {block_size}"
+        cells = [
+            f"{values[impl, 'reserved_gib']:.2f} ({values[impl, 'waste_pct']:.1f} %)"
+            if (impl, "reserved_gib") in values
+            else ""
+            for impl in ("dynamic", "static", "paged")
         ]
-        for (impl, size), values in groups.items()
-    ]
-    return f"{markdown(['K/V of 32 ragged prompts', 'reserved GiB', 'stored GiB', 'waste'], table)}\n\n{source(rows)}"
+        table.append([what, f"{values['paged', 'stored_gib']:.2f}", *cells])
+    heading = ["K/V, GiB at most (waste over all steps)", "needed", "DynamicCache", "StaticCache"]
+    return f"{markdown([*heading, f'PagedCache, blocks of {smallest}'], table)}\n\n{source(rows)}"
+
+
+def memory_measured(folder: Path) -> str:
+    """Memory over the weights at the peak of generate(), by workload."""
+    rows = memory_rows(folder, counted=False)
+    if not rows:
+        raise NoRows("measured")
+    table = []
+    for title, values in _values(rows, _title).items():
+        needed = max((value for (_, metric), value in values.items() if metric == "stored_gib"), default=None)
+        cells = []
+        for impl in ("dynamic", "static", "paged"):
+            of_torch = _cell(values, impl, "peak_gib", ".2f")
+            device = _cell(values, impl, "device_gib", ".2f")
+            cells.append(device if device == of_torch else f"{device} ({of_torch})")
+        table.append([title, "–" if needed is None else f"{needed:.2f}", *cells])
+    heading = ["generate(), device memory over the weights at its peak, GiB (torch's alone)", "K/V needed"]
+    return f"{markdown([*heading, 'DynamicCache', 'StaticCache', 'PagedCache'], table)}\n\n{source(rows)}"
 
 
 TABLES = {
     made.__name__: made
     for made in (
         flash_attention, flash_attention_backward, packed_rows, paged_decode, training, attention_memory, memory,
-        perplexity,
+        memory_measured, perplexity,
     )
 }  # fmt: skip
 

@@ -38,7 +38,7 @@ def perplexity(context: typer.Context) -> None:
 
 @app.command(context_settings=PASSED_ON)
 def memory(context: typer.Context) -> None:
-    """Compare the K/V memory of DynamicCache, StaticCache and PagedCache on a ragged batch."""
+    """Compare the K/V memory of DynamicCache, StaticCache and PagedCache by workload."""
     _hand_over(context, "hf_paged_flash.eval.memory")
 
 
@@ -91,6 +91,7 @@ def info() -> None:
         table.add_row(_device_name(device), _what_runs(device))
         if device.type == "cuda":
             table.add_row("", _hopper_kernels(device))
+            table.add_row("", _elastic_pools(device))
     table.add_row("registered", _registered())
     for patch in ALL_PATCHES:
         table.add_row(f"patch {patch.target}", f"{'applied' if patch.applied else 'not applied'}: {patch.reason}")
@@ -135,6 +136,16 @@ def _hopper_kernels(device) -> str:
         return f"Hopper's own kernels do not run: {problem}"
     head_dims = ", ".join(map(str, hopper.HEAD_DIMS))
     return f"Hopper's own kernels (Gluon): dense and packed bf16 and fp16 of head_dim {head_dims}"
+
+
+def _elastic_pools(device) -> str:
+    """How the block pools of a GPU grow."""
+    from hf_paged_flash.cache.elastic_memory import unavailable
+
+    problem = unavailable(device)
+    if problem:
+        return f"K/V pools are copied when they grow: {problem}"
+    return "K/V pools grow and shrink in place (CUDA's virtual memory API)"
 
 
 def _registered() -> str:

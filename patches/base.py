@@ -10,6 +10,11 @@ import transformers
 from hf_paged_flash.errors import IncompatibleTransformersError
 
 
+def cache_name(model_kwargs: dict) -> str:
+    """The name of the cache among a model's arguments: transformers 5.24 made `past_key_values` `cache`."""
+    return "cache" if "cache" in model_kwargs else "past_key_values"
+
+
 @dataclass
 class Patch:
     """Replaces `owner.name`.

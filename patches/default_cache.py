@@ -9,15 +9,16 @@ from transformers.generation.utils import GenerationMixin
 from transformers.utils import logging
 
 from hf_paged_flash.errors import UnsupportedFeatureError
-from hf_paged_flash.patches.base import Patch
+from hf_paged_flash.patches.base import Patch, cache_name
 
 logger = logging.get_logger(__name__)
 
 
 def _prepare_cache(original, self, generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs):
-    given = model_kwargs.get("past_key_values")
+    given = model_kwargs.get(cache_name(model_kwargs))
     result = original(self, generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs)
-    built = model_kwargs.get("past_key_values")
+    name = cache_name(model_kwargs)
+    built = model_kwargs.get(name)
     config = self.config.get_text_config(decoder=True)
     if (
         given is None
@@ -37,7 +38,7 @@ def _prepare_cache(original, self, generation_config, model_kwargs, generation_m
             return result
         if generation_config.is_assistant:  # what it drafts is taken back
             cache.activate_past_recording()
-        model_kwargs["past_key_values"] = cache
+        model_kwargs[name] = cache
     return result
 
 

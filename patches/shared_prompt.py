@@ -15,15 +15,15 @@ from dataclasses import dataclass
 import torch
 from transformers.generation.utils import GenerationMixin
 
-from hf_paged_flash.patches.base import Patch
+from hf_paged_flash.patches.base import Patch, cache_name
 
 _OWN_ARGUMENTS = {"expand_size", "is_encoder_decoder", "input_ids"}
-_CHECKED = ("5.17.0", "5.23.0")
+_CHECKED = ("5.17.0", "5.23.0", "5.24.0")
 # what a model must not have of its own
 _METHODS = ("_expand_inputs_for_generation", "_prefill", "_update_model_kwargs_for_generation")
-_OF_ALL_ROWS = ("past_key_values", "logits_to_keep")
+_OF_ALL_ROWS = ("past_key_values", "cache", "logits_to_keep")
 _PER_ROW = ("logits", "hidden_states", "attentions")  # outputs that decoding goes on to read
-# a static method before transformers 5.23
+# a static method in older versions
 _SELF = () if isinstance(vars(GenerationMixin)["_expand_inputs_for_generation"], staticmethod) else ("self",)
 
 
@@ -72,7 +72,7 @@ def _computes_once(model, cache, unexpanded: _Unexpanded | None, model_kwargs: d
 
 
 def _prefill(original, self, input_ids, generation_config, model_kwargs, *args, **kwargs):
-    cache, unexpanded = model_kwargs.get("past_key_values"), getattr(input_ids, "unexpanded", None)
+    cache, unexpanded = model_kwargs.get(cache_name(model_kwargs)), getattr(input_ids, "unexpanded", None)
     if unexpanded is not None:
         del input_ids.unexpanded  # the prompt's inputs need not live as long as the ids
     if not _computes_once(self, cache, unexpanded, model_kwargs):

@@ -39,6 +39,8 @@ class BlockManager:
       was given back, or never stored, as nobody will read it;
     - a block that more than one row names is never handed out for writing: its writer gets a copy first;
     - a call that cannot be served raises `CacheFullError` and changes nothing.
+
+    The lowest free block is handed out first, so that the end of the pools empties and can be given back.
     """
 
     def __init__(self, block_size: int, max_blocks: int | None = None, blocks: Blocks | None = None) -> None:
@@ -186,6 +188,11 @@ class BlockManager:
         self.blocks.hold(table[table >= 0])
         fork.table, fork.lengths, fork.first = table, self.lengths[rows], self.first[rows]
         return fork
+
+    def move(self, place: np.ndarray) -> None:
+        """Rows that named block b name `place[b]`, as every manager of these blocks must do by itself."""
+        named = self.table >= 0
+        self.table[named] = place[self.table[named]]
 
     def filled(self) -> np.ndarray:
         """Tokens in each block, of those that this manager's rows name, int64 (num_blocks,)."""

@@ -1,4 +1,4 @@
-"""Blocks of a pool: which are free, and how many table entries name each. Host only, no tensors."""
+"""Blocks of a pool: how many table entries name each, and which are free. Host only, no tensors."""
 
 from collections import deque
 
@@ -10,34 +10,31 @@ _FEW = 512  # blocks below which sorting them costs less than a pass over the po
 
 
 class Blocks:
-    """Reference counts and the free list of one pool, for every `BlockManager` that takes blocks from it.
+    """Reference counts of one pool's blocks, for every `BlockManager` that takes blocks from it.
 
-    Each block costs O(1), in NumPy. `version` changes whenever a block changes hands.
+    A block without references is free; the lowest is taken first. NumPy finds them, from the first that may be free.
+    `version` changes whenever a block changes hands.
     """
 
     def __init__(self, block_size: int, max_blocks: int | None = None) -> None:
         self.block_size = block_size
         self.max_blocks = max_blocks  # None: no cap
+        self.growth = 1 / 40  # the least that growth adds, as a share of the blocks that exist
         self.version = 0
         self._dropped: deque[np.ndarray] = deque()  # tables whose managers are gone
         self.clear()
 
     def clear(self) -> None:
         """No block exists; only while none is used."""
-        self.num_blocks = 0  # blocks that exist, used and free
         self.references = np.zeros(0, np.int32)
-        self._free = np.zeros(0, np.int32)  # a stack: its first `_num_free` entries, the last one is taken next
-        self._num_free = 0
+        self.blocks_free = 0
+        self._first_free = 0  # all blocks before it are used
         self.version += 1
 
     @property
-    def free(self) -> np.ndarray:
-        """The free blocks; the last one is taken first."""
-        return self._free[: self._num_free]
-
-    @property
-    def blocks_free(self) -> int:
-        return self._num_free
+    def num_blocks(self) -> int:
+        """Blocks that exist, used and free."""
+        return len(self.references)
 
     @property
     def blocks_used(self) -> int:
@@ -47,16 +44,29 @@ class Blocks:
     def blocks_shared(self) -> int:
         return int((self.references > 1).sum())
 
+    @property
+    def blocks_spanned(self) -> int:
+        """One more than the highest block in use."""
+        used = np.flatnonzero(self.references)
+        return int(used[-1]) + 1 if len(used) else 0
+
     def take(self, needed: int) -> np.ndarray:
-        """`needed` blocks, int64, each referenced once.
+        """The lowest `needed` free blocks, int64, each referenced once.
 
         Raises:
             CacheFullError: the cap leaves fewer; nothing has changed.
         """
         self._reserve(needed)
-        blocks = self._free[self._num_free - needed : self._num_free][::-1].astype(np.int64)
-        self._num_free -= needed
-        self.references[blocks] = 1
+        found, start, width, missing = [np.zeros(0, np.int64)], self._first_free, 1024, needed
+        while missing:
+            found.append(np.flatnonzero(self.references[start : start + width] == 0)[:missing] + start)
+            missing -= len(found[-1])
+            start, width = start + width, 2 * width
+        blocks = np.concatenate(found)
+        if needed:
+            self.references[blocks] = 1
+            self.blocks_free -= needed
+            self._first_free = int(blocks[-1]) + 1
         self.version += 1
         return blocks
 
@@ -67,18 +77,39 @@ class Blocks:
     def release(self, blocks: np.ndarray) -> None:
         """Takes back a reference for each time that a block is among `blocks`; blocks without any are free."""
         changed = self._add(blocks, np.broadcast_to(-1, blocks.shape))
-        self._push(changed[self.references[changed] == 0])
+        self._freed(changed[self.references[changed] == 0])
 
     def put_back(self, blocks: np.ndarray, num_blocks: int) -> None:
         """The last `take`, undone: `blocks` are free again, and of all blocks the first `num_blocks` stay."""
         self.references[blocks] = 0
-        self._push(blocks[::-1])
-        kept = self._free[: self._num_free]
-        kept = kept[kept < num_blocks]
-        self._free[: len(kept)] = kept
-        self._num_free = len(kept)
-        self.references = self.references[:num_blocks]
-        self.num_blocks = num_blocks
+        self._freed(blocks)
+        self.resize(num_blocks)
+
+    def resize(self, num_blocks: int) -> None:
+        """From now on `num_blocks` blocks exist, at least `blocks_spanned`; those that come are free."""
+        added = num_blocks - self.num_blocks
+        if added > 0:
+            self.references = np.concatenate([self.references, np.zeros(added, np.int32)])
+        elif added < 0:
+            self.references = self.references[:num_blocks]
+        self.blocks_free += added
+        self._first_free = min(self._first_free, num_blocks)
+
+    def moves_to_front(self) -> np.ndarray:
+        """Moves that would leave the end free, int64 (n, 2): the highest blocks in use, the lowest free ones."""
+        sources = np.flatnonzero(self.references)[::-1]
+        targets = np.flatnonzero(self.references == 0)
+        count = min(len(sources), len(targets))
+        moves = np.stack([sources[:count], targets[:count]], axis=1)
+        return moves[moves[:, 0] > moves[:, 1]]
+
+    def move(self, moves: np.ndarray) -> None:
+        """Block `moves[i, 1]`, free until now, is what `moves[i, 0]` was. The managers' `move` must follow."""
+        sources, targets = moves.T
+        self.references[targets] = self.references[sources]
+        self.references[sources] = 0
+        self._first_free = 0
+        self.version += 1
 
     def drop(self, table: np.ndarray) -> None:
         """Notes a table that nobody has any longer; called by the garbage collector, at any moment."""
@@ -93,7 +124,8 @@ class Blocks:
     def adopt(self, blocks: np.ndarray) -> None:
         """Counts `blocks` of a manager that comes with these blocks from elsewhere: unpickled, or loaded."""
         self._add(blocks, np.broadcast_to(1, blocks.shape))
-        self._list_free()
+        self.blocks_free = int((self.references == 0).sum())
+        self._first_free = 0
 
     def _add(self, blocks: np.ndarray, changes: np.ndarray) -> np.ndarray:
         """Adds `changes[i]` to the references of `blocks[i]`; returns the blocks that changed, each once."""
@@ -109,15 +141,16 @@ class Blocks:
         self.references[changed] += sums.astype(np.int32)  # whole numbers, exact in bincount's float64
         return changed
 
-    def _push(self, blocks: np.ndarray) -> None:
-        self._free[self._num_free : self._num_free + len(blocks)] = blocks
-        self._num_free += len(blocks)
+    def _freed(self, blocks: np.ndarray) -> None:
+        self.blocks_free += len(blocks)
+        self._first_free = min(self._first_free, int(blocks.min(initial=self.num_blocks)))
         self.version += 1
 
     def _reserve(self, needed: int) -> None:
-        if needed <= self._num_free:
+        free, num_blocks = self.blocks_free, self.num_blocks
+        if needed <= free:
             return
-        room = self._num_free if self.max_blocks is None else self._num_free + self.max_blocks - self.num_blocks
+        room = free if self.max_blocks is None else free + self.max_blocks - num_blocks
         if self.max_blocks is not None and needed > room:
             raise CacheFullError(
                 f"the paged cache is full: {needed} more blocks of {self.block_size} tokens are needed, "
@@ -128,23 +161,8 @@ class Blocks:
                 blocks_free=max(room, 0),
             )
         # A first prefill gets what it needs; later growth takes a little more, so that pools are copied rarely.
-        total = max(self.num_blocks - self._num_free + needed, self.num_blocks + self.num_blocks // 40)
-        if self.max_blocks is not None:
-            total = min(total, self.max_blocks)
-        free = np.empty(total, np.int32)
-        added = total - self.num_blocks
-        free[:added] = np.arange(total - 1, self.num_blocks - 1, -1)
-        free[added : added + self._num_free] = self._free[: self._num_free]
-        self._free, self._num_free = free, added + self._num_free
-        self.references = np.concatenate([self.references, np.zeros(added, np.int32)])
-        self.num_blocks = total
-        self.version += 1
-
-    def _list_free(self) -> None:
-        free = np.flatnonzero(self.references == 0)[::-1]
-        self._free = np.empty(self.num_blocks, np.int32)
-        self._free[: len(free)] = free
-        self._num_free = len(free)
+        total = max(self.blocks_used + needed, num_blocks + int(num_blocks * self.growth))
+        self.resize(total if self.max_blocks is None else min(total, self.max_blocks))
 
     def __getstate__(self) -> dict:
         # managers that are pickled along count their own references when they come back
@@ -152,11 +170,4 @@ class Blocks:
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(state["block_size"], state["max_blocks"])
-        self.extend(state["num_blocks"])
-
-    def extend(self, num_blocks: int) -> None:
-        """`num_blocks` blocks exist, all free."""
-        self.num_blocks = num_blocks
-        self.references = np.zeros(num_blocks, np.int32)
-        self._list_free()
-        self.version += 1
+        self.resize(state["num_blocks"])

@@ -1,12 +1,21 @@
 """The block pools of a group's layers: one cap for all of them, and growth that all take part in."""
 
+from bisect import bisect_right
+
 import numpy as np
 import torch
 
 from .. import ops
 from ..errors import CacheFullError
+from . import elastic_memory
 from .block_pool import BlockPool
+from .elastic_memory import ElasticMemory
 from .forward_step import to_device
+
+# Layers so narrow that a page of memory holds more blocks than this, and caps of fewer pages a layer than this, would
+# waste most of what they map: they get ordinary tensors.
+MAX_BLOCKS_A_PAGE = 256
+MIN_PAGES = 4
 
 
 class LayerPools:
@@ -15,6 +24,9 @@ class LayerPools:
     Args:
         num_layers: layers of the group, most of which have no pool before the first forward.
         num_blocks, max_memory: the cap in blocks and in bytes; None for none.
+
+    Attributes:
+        is_elastic: whether growth copies nothing in any layer; False before the first.
     """
 
     def __init__(self, num_layers: int, num_blocks: int | None, max_memory: int | None) -> None:
@@ -22,6 +34,8 @@ class LayerPools:
         self.num_blocks = num_blocks
         self.max_memory = max_memory
         self._pools: dict[int, BlockPool] = {}  # by layer index
+        self._bytes_cap: int | None = None  # `max_memory` in blocks
+        self.is_elastic = False
 
     @property
     def block_bytes(self) -> int:
@@ -43,42 +57,103 @@ class LayerPools:
         return min((pool.num_blocks for pool in self._pools.values()), default=0)
 
     @property
+    def is_complete(self) -> bool:
+        """Whether every layer has stored, so that `room` is that of all."""
+        return len(self._pools) == self.num_layers
+
+    @property
     def cap(self) -> int | None:
-        """The cap in blocks, the lower one of two; None for none, or while a block's size is not known."""
+        """The cap in blocks, the lower one of two; None for none, or while a block's size is not known.
+
+        Bytes are those taken from the device, whole pages where memory is taken in pages.
+        """
         caps = [] if self.num_blocks is None else [self.num_blocks]
-        if self.max_memory is not None and self._pools:
-            caps.append(self.max_memory // self.block_bytes)
+        if self._bytes_cap is not None:
+            caps.append(self._bytes_cap)
         return min(caps, default=None)
 
     def get(self, layer_idx: int) -> BlockPool | None:
         return self._pools.get(layer_idx)
 
     def add(self, layer_idx: int, pool: BlockPool) -> None:
+        """Takes in the pool of a layer, in place of the one it had."""
         self._pools[layer_idx] = pool
+        exact = None if self.max_memory is None else self.max_memory // self.block_bytes
+        if not pool.num_blocks:
+            caps = [cap for cap in (self.num_blocks, exact) if cap is not None]
+            pool.memory = self._memory_for(pool, min(caps, default=None))
+        self.is_elastic = len(self._elastic) == len(self._pools)
+        if exact is not None:
+            self._bytes_cap = self.blocks_within(self.max_memory)
+
+    def blocks_within(self, size: int) -> int:
+        """Blocks that take at most `size` bytes over all layers."""
+        # a layer's last page holds at most a page more than its blocks
+        page = max(item.memory.page if item.memory else 0 for item in self._pools.values())
+        least = max(size - page * self.num_layers, 0) // self.block_bytes
+        return bisect_right(range(size // self.block_bytes + 1), size, lo=least, key=self.bytes_for) - 1
+
+    def _memory_for(self, pool: BlockPool, cap: int | None) -> ElasticMemory | None:
+        driver = elastic_memory.driver_of(pool.key.device)
+        if driver is None:
+            return None
+        most = driver.total_memory if cap is None else min(driver.total_memory, cap * pool.block_bytes)
+        if pool.block_bytes * MAX_BLOCKS_A_PAGE < driver.granularity or most < MIN_PAGES * driver.granularity:
+            return None
+        # a layer's share of the device; more than that where layers differ in size or lie on several devices
+        return ElasticMemory(driver, min(most, 4 * driver.total_memory // self.num_layers))
+
+    def bytes_for(self, num_blocks: int) -> int:
+        """Bytes that `num_blocks` blocks take over all layers, counted as in `block_bytes`."""
+        return sum(pool.bytes_for(num_blocks) for pool in self._pools.values()) * self.num_layers // len(self._pools)
 
     def clear(self) -> None:
         self._pools.clear()
+        self._bytes_cap, self.is_elastic = None, False
 
     def release(self) -> None:
         """Gives the memory back; the layers keep their pools, empty."""
         for pool in self._pools.values():
             pool.release()
 
-    def copy_blocks(self, copies: np.ndarray) -> None:
-        """Copies block `copies[:, 0]` to block `copies[:, 1]`, int64 (n, 2), in every pool: one launch a device."""
-        for device in {pool.key.device: None for pool in self._pools.values()}:
-            pools = [pool for pool in self._pools.values() if pool.key.device == device]
-            ops.copy_blocks([x for pool in pools for x in (pool.key, pool.value)], to_device(copies, device))
-
     def grow(self, num_blocks: int) -> None:
         """Makes room for `num_blocks` blocks in every pool.
 
         Raises:
-            torch.OutOfMemoryError: the device has no room; some pools may have more blocks than others.
+            torch.OutOfMemoryError: the device has no room. Memory that grows in place is as it was; of ordinary
+                tensors some may have more blocks than others.
         """
-        freed = sum(pool.grow(num_blocks) for pool in self._pools.values())
+        before = [pool.num_blocks for pool in self._pools.values()]
+        try:
+            freed = sum(pool.grow(num_blocks) for pool in self._pools.values())
+        except BaseException:
+            for pool, blocks in zip(self._pools.values(), before, strict=True):
+                pool.shrink(blocks)
+            raise
         if freed > 32 * 2**20 and any(pool.key.is_cuda for pool in self._pools.values()):
             torch.cuda.empty_cache()  # the old pools' memory fits no later request: growth is rare, hand it back
+
+    def is_worth_shrinking(self, num_blocks: int) -> bool:
+        """Whether `shrink` would give back an eighth of the memory, and `MIN_PAGES` a layer: pages cost time."""
+        pools = self._elastic
+        spare = [pool.bytes_reserved - pool.bytes_for(num_blocks) for pool in pools]
+        enough = MIN_PAGES * sum(pool.memory.page for pool in pools)
+        return bool(pools) and sum(spare) >= max(enough, sum(pool.bytes_reserved for pool in pools) // 8)
+
+    def shrink(self, num_blocks: int) -> None:
+        """Gives back what lies behind the first `num_blocks` blocks in memory that shrinks in place."""
+        for pool in self._elastic:
+            pool.shrink(num_blocks)
+
+    def copy_blocks(self, copies: np.ndarray) -> None:
+        """Copies block `copies[:, 0]` to block `copies[:, 1]`, int64 (n, 2), in every layer: one launch a device."""
+        for device in {pool.key.device: None for pool in self._pools.values()}:
+            pools = [pool for pool in self._pools.values() if pool.key.device == device]
+            ops.copy_blocks([x for pool in pools for x in (pool.key, pool.value)], to_device(copies, device))
+
+    @property
+    def _elastic(self) -> list[BlockPool]:
+        return [pool for pool in self._pools.values() if pool.memory is not None]
 
 
 def growth_error(error: BaseException, blocks_needed: int, blocks_free: int) -> BaseException:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, CacheFullError
 from .block_manager import Append, BlockManager
 from .forward_step import ForwardStep, NewTokens, to_device
 from .layer_pools import LayerPools, growth_error
@@ -70,7 +70,9 @@ class PageGroup:
     def clear(self) -> None:
         """Forgets every token and gives the memory back, as soon as no fork has a token either."""
         self.manager.start_rows(0)
-        if self.store.give_back() and len(self.store.groups) == 1:
+        if not self.store.give_back():
+            self.store.shrink()
+        elif len(self.store.groups) == 1:
             self.pools.clear()  # what comes next may have another dtype or device
         self._start()
 
@@ -108,13 +110,14 @@ class PageGroup:
     def prepare(self, new: NewTokens, keeps_to_window: bool) -> None:
         """Begins a step for a forward's new tokens, and gives back what its queries, and later ones, can't reach."""
         self.keeps_to_window = keeps_to_window
-        self._before = _Before(None, self._mask, self._cache_seqlens, self._exact)
         self._first = None
         if keeps_to_window and not self.record_past:
             self.give_back(new.floor)
+            self.store.shrink()  # after a prefill in chunks; decode steps take again what they give back
             # the forward's own tokens reach attention without the cache
             if self.columns == 0:
                 self._first = first_in_reach(new.counts, self.window, self.block_size)
+        self._before = _Before(None, self._mask, self._cache_seqlens, self._exact)
 
     def blocks_short(self, counts: np.ndarray) -> int:
         """Blocks that `plan` must add to those that exist for `counts[b]` more tokens in each row."""
@@ -128,14 +131,22 @@ class PageGroup:
             CacheFullError: no room under the cap of `max_blocks`.
         """
         self.store.blocks.max_blocks = max_blocks
-        if new.repeats == 1:
-            change = self.manager.append(new.counts, self._first)
-        else:
-            rows = np.arange(0, self.batch, new.repeats)
-            self.manager.start_rows(len(rows))
-            change = self.manager.append(new.counts[rows])
-            self.manager.select(np.arange(len(rows)).repeat(new.repeats))
+        if self.pools.is_elastic:
+            self.store.blocks.growth = 0  # it takes whole pages anyway, and copies nothing
+        try:
+            change = self._append(new)
+        except CacheFullError as error:
+            raise self.below_one_block(error.blocks_needed) or error from None
         self._before = replace(self._before, change=change)
+
+    def _append(self, new: NewTokens) -> Append:
+        if new.repeats == 1:
+            return self.manager.append(new.counts, self._first)
+        rows = np.arange(0, self.batch, new.repeats)
+        self.manager.start_rows(len(rows))
+        change = self.manager.append(new.counts[rows])
+        self.manager.select(np.arange(len(rows)).repeat(new.repeats))
+        return change
 
     def grow_pools(self) -> None:
         """Grows the layers' pools to the blocks that `plan` took.
@@ -144,11 +155,14 @@ class PageGroup:
             CacheFullError: the device has no room.
         """
         change, blocks = self._before.change, self.store.blocks
+        if blocks.num_blocks <= change.num_blocks:  # as in nearly every decode step
+            return
         try:
             self.pools.grow(blocks.num_blocks)
         except BaseException as error:
             free = blocks.blocks_free + len(change.blocks) - (blocks.num_blocks - change.num_blocks)
             raise growth_error(error, len(change.blocks), free) from error
+        self.store.use_room()
 
     def copy_shared(self) -> None:
         """Copies the shared blocks that `plan` found rows about to write to."""
@@ -231,6 +245,17 @@ class PageGroup:
     def blocks_taken(self) -> int:
         """Blocks that the last step took."""
         return len(self._before.change.blocks)
+
+    def below_one_block(self, blocks_needed: int) -> CacheFullError | None:
+        """What to raise where `max_memory` is too small for any block, as the layers that have stored show."""
+        if self.pools.cap != 0:
+            return None
+        return CacheFullError(
+            f"`max_memory` is {self.pools.max_memory} bytes, and one block of {self.block_size} tokens takes "
+            f"{self.pools.block_bytes} in {self.pools.num_layers} layers: make a cache with at least that",
+            blocks_needed=blocks_needed,
+            blocks_free=0,
+        )
 
     def can_undo(self, columns: int) -> bool:
         """Whether the last step, if all from `columns` on goes, can be taken back as if it had never been."""
@@ -346,6 +371,12 @@ class PageGroup:
         if self._mask is not None:
             self._mask = self._mask[torch.from_numpy(rows).to(self._mask.device)]
         self._lengths_changed(self.columns)
+        self.store.shrink()
+
+    def move(self, place: np.ndarray) -> None:
+        """Follows blocks that moved from b to `place[b]`; the last step can't be taken back any more."""
+        self.manager.move(place)
+        self._step_gone(self.columns)
 
     def fork(self, rows: np.ndarray) -> "PageGroup":
         """A group of its own whose row i is what row `rows[i]` is here; it shares the blocks and the pools."""
@@ -365,7 +396,7 @@ class PageGroup:
         self, table: np.ndarray, lengths: np.ndarray, first: np.ndarray, columns: int, mask: torch.Tensor | None
     ) -> None:
         """Takes over rows that were saved, into a group that has none; its blocks are 0 to the largest in `table`."""
-        self.store.blocks.extend(int(table.max(initial=-1)) + 1)
+        self.store.blocks.resize(int(table.max(initial=-1)) + 1)
         self.manager.table, self.manager.lengths, self.manager.first = table.copy(), lengths.copy(), first.copy()
         self.store.blocks.adopt(table[table >= 0])
         self.columns, self._mask = columns, mask

@@ -156,8 +156,9 @@ class PageGroups(list[PageGroup]):
         """
         blocks, cap = group.manager.num_blocks, self.cap(group)
         if cap is not None and blocks > cap:  # layers differ in size, and the first ones were the smaller ones
+            below = group.below_one_block(blocks)
             self._refuse(step.start)
-            raise CacheFullError(
+            raise below or CacheFullError(
                 f"the paged cache is full: {blocks} blocks take more than the {self.max_memory} bytes of "
                 "`max_memory`. The tokens stored before this forward are intact: raise it, shorten or split the batch",
                 blocks_needed=blocks,
@@ -169,6 +170,7 @@ class PageGroups(list[PageGroup]):
             needed = group.blocks_taken
             self._refuse(step.start)
             raise growth_error(error, needed, group.store.blocks.blocks_free) from error
+        group.store.use_room()
 
     def _refuse(self, columns: int) -> None:
         """Undoes the step that has begun at `columns`, which was too large; the next forward may be smaller."""
@@ -190,22 +192,25 @@ class PageGroups(list[PageGroup]):
         if len(self) == 1 or self.max_memory is None:
             return group.pools.cap
         taken = sum(
-            (other.store.blocks.num_blocks + more) * self._block_bytes(other)
+            self._bytes_for(other, other.store.blocks.num_blocks + more)
             for other, more in zip(self, to_come or [0] * len(self), strict=True)
             if other is not group
         )
         caps = [] if group.pools.num_blocks is None else [group.pools.num_blocks]
-        if block_bytes := self._block_bytes(group):
-            caps.append(max((self.max_memory - taken) // block_bytes, 0))
+        left = max(self.max_memory - taken, 0)
+        if group.pools.block_bytes:
+            caps.append(group.pools.blocks_within(left))
+        elif block_bytes := self._bytes_for(group, 1):
+            caps.append(left // block_bytes)
         return min(caps, default=None)
 
-    def _block_bytes(self, group: PageGroup) -> int:
-        """Bytes of a block of `group`; before its layers store, as if they were like the other groups'."""
+    def _bytes_for(self, group: PageGroup, blocks: int) -> int:
+        """Bytes of `blocks` blocks of `group`; before its layers store, as if they were like the other groups'."""
         if group.pools.block_bytes:
-            return group.pools.block_bytes
+            return group.pools.bytes_for(blocks)
         known = [other.pools for other in self if other.pools.block_bytes]
         layers = sum(pools.num_layers for pools in known)
-        return sum(pools.block_bytes for pools in known) * group.pools.num_layers // max(layers, 1)
+        return blocks * (sum(pools.block_bytes for pools in known) * group.pools.num_layers // max(layers, 1))
 
     # ------------------------------------------------------------------------------------- tokens stored before
 
@@ -230,6 +235,8 @@ class PageGroups(list[PageGroup]):
         if columns < self.columns:
             for group in self:
                 group.truncate(columns, lengths)
+        for group in self:
+            group.store.shrink()
 
     def give_back(self) -> None:
         """Gives back what sliding windows have left behind in groups that waited for a `crop` to do so."""

@@ -4,6 +4,7 @@ import weakref
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from .blocks import Blocks
 from .layer_pools import LayerPools
@@ -36,6 +37,41 @@ class PageStore:
         self.pools.release()
         self.blocks.clear()
         return True
+
+    def use_room(self) -> None:
+        """Lets rows have what the pools hold beyond what was asked for: the rest of their last pages."""
+        if self.pools.is_complete:
+            room, cap = self.pools.room, self.pools.cap
+            self.blocks.resize(max(self.blocks.num_blocks, room if cap is None else min(room, cap)))
+
+    def shrink(self) -> None:
+        """Gives free blocks back to the device if they are many: blocks at the end move to free ones before them.
+
+        Between forwards only. The device is waited for then, and no fork's last step can be taken back any more.
+        """
+        blocks = self.blocks
+        groups = list(self.groups)  # held, so that no table is dropped half way and misses the moves
+        blocks.collect()
+        if blocks.blocks_free < blocks.num_blocks // 8:
+            return
+        keep = blocks.blocks_used + blocks.blocks_used // 16 + 1  # what grows again a little need not ask for it
+        if not self.pools.is_worth_shrinking(keep):
+            return
+        place = np.arange(blocks.num_blocks)
+        if blocks.blocks_spanned > keep:
+            moves = blocks.moves_to_front()
+            try:
+                self.pools.copy_blocks(moves)
+            except torch.OutOfMemoryError:
+                return  # no room to move anything: all is as it was
+            blocks.move(moves)
+            place[moves[:, 0]] = moves[:, 1]
+        for group in groups:
+            group.move(place)
+        keep = min(max(keep, blocks.blocks_spanned), blocks.num_blocks)
+        blocks.resize(keep)
+        self.pools.shrink(keep)
+        self.use_room()
 
     def stored_tokens(self) -> int:
         """Tokens that the blocks hold, a shared block's tokens once, those of all forks. Waits for the device."""

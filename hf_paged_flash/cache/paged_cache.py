@@ -51,6 +51,27 @@ def _bytes(max_memory: int | str | None) -> int | None:
     return size
 
 
+def _check_cap(
+    max_memory: int | None, config: PreTrainedConfig, layers: int, block_size: int, dtype: torch.dtype | None
+) -> None:
+    """Refuses a cap below one block of `layers` layers; where `config` tells too little, the first forward does."""
+    if max_memory is None or getattr(config, "is_heterogeneous", False):
+        return
+    heads, head_dim = getattr(config, "num_key_value_heads", None), getattr(config, "head_dim", None)
+    if head_dim is None and hasattr(config, "hidden_size") and hasattr(config, "num_attention_heads"):
+        head_dim = config.hidden_size // config.num_attention_heads
+    dtype = dtype or config.dtype
+    told = type(heads) is int and type(head_dim) is int and isinstance(dtype, torch.dtype)
+    if not told or hasattr(config, "kv_lora_rank"):
+        return
+    block = layers * block_size * heads * 2 * head_dim * dtype.itemsize
+    if max_memory < block:
+        raise ArgumentError(
+            f"`max_memory` must be at least {block} bytes, one block of {block_size} tokens in {layers} layers of "
+            f"{dtype}, got {max_memory}"
+        )
+
+
 @dataclass(frozen=True)
 class CacheMemory:
     """What a PagedCache and its forks hold; a block is `block_size` tokens of all attention layers of one group.
@@ -58,7 +79,7 @@ class CacheMemory:
     Layers with the same attention pattern are a group: full attention, or a sliding window of one size.
 
     Attributes:
-        bytes_reserved: K/V memory taken from the device, used or free.
+        bytes_reserved: K/V memory taken from the device, used or free, in whole pages where it is taken in pages.
         bytes_stored: K/V of stored tokens, those in shared blocks once.
         bytes_wasted: reserved and holding no token: room behind each row's last token, and free blocks.
         tokens: tokens stored, those in shared blocks once; of several groups, the one that stores most of them.
@@ -82,19 +103,26 @@ class PagedCache(Cache):
     """A cache whose keys and values lie in blocks found through a block table (PagedAttention, Kwon et al. 2023).
 
     Only real tokens are stored, padding never; a row wastes at most the rest of its last block. Blocks are taken when
-    tokens arrive, a fortieth more than needed once the pools grow; `crop()` frees them for later tokens, `reset()` and
-    dropping the cache give the memory back. Rows that share a past (beams, repeated rows) share its blocks until one
-    of them writes. Layers with a sliding window have blocks of their own, and give back those that it has left behind.
+    tokens arrive and freed by `crop()` for later ones; `reset()` and dropping the cache give the memory back. Rows
+    that share a past (beams, repeated rows) share its blocks until one of them writes, and so do caches: `fork()`,
+    which `copy.copy` and `copy.deepcopy` are too. Layers with a sliding window have blocks of their own, and give back
+    those that it has left behind.
+
+    On CUDA the pools grow and shrink in place, by pages of 2 MiB a layer, and many free blocks at their end go back to
+    the device at once. Elsewhere, in layers too narrow for pages and under the smallest caps, growth copies what is
+    stored and takes a fortieth more than it needs. Pages are not in torch's allocator: `memory()` and
+    `torch.cuda.mem_get_info` count them, `torch.cuda.memory_allocated` does not.
 
     Args:
         config: the model's configuration; a composite model's text decoder is found in it.
         block_size: tokens a block: 16, 32, 64, 128 or 256.
         num_blocks: cap in blocks, for each group of layers; None for no cap.
-        max_memory: cap on the K/V memory in bytes, or as "4GiB"; None for no cap.
+        max_memory: cap on the K/V memory taken from the device, in bytes, or as "4GiB"; None for no cap.
         dtype: dtype to store in; None stores what the model computes.
 
     Raises:
-        ArgumentError: `block_size`, `num_blocks`, `max_memory` or `dtype` is none of these.
+        ArgumentError: `block_size`, `num_blocks`, `max_memory` or `dtype` is none of these, or `max_memory` is less
+            than one block of the model takes.
         UnsupportedFeatureError: the model has layers whose state cannot be paged.
     """
 
@@ -118,7 +146,8 @@ class PagedCache(Cache):
         if dtype is not None and dtype not in DTYPES:
             raise ArgumentError(f"`dtype` must be one of {DTYPES}, or None for the model's, got {dtype!r}")
         max_memory = _bytes(max_memory)
-        layer_types, layer_kwargs = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+        decoder = config.get_text_config(decoder=True)
+        layer_types, layer_kwargs = get_layer_types_and_kwargs(decoder)
         if isinstance(layer_kwargs, dict):  # one for all layers before transformers 5.18, then one a layer
             layer_kwargs = [layer_kwargs] * len(layer_types)
         windows = [
@@ -126,6 +155,7 @@ class PagedCache(Cache):
             for kind, kwargs in zip(layer_types, layer_kwargs, strict=True)
         ]
         is_paged = [kind in _PAGED_LAYER_TYPES for kind in layer_types]
+        _check_cap(max_memory, decoder, sum(is_paged), block_size, dtype)
         used = [window for window, paged in zip(windows, is_paged, strict=True) if paged]
         by_window = {
             window: PageGroup(PageStore(block_size, used.count(window), num_blocks, max_memory), window)

@@ -82,9 +82,7 @@ class PagedLayer(CacheLayerMixin):
         group, pool = self.group, self.group.pools.get(self.layer_idx)
         if pool is not None and self.layer_idx not in group.store.loaded:
             return pool
-        if pool is None:
-            fresh = BlockPool(group.block_size, key, value, self._dtype)
-        else:
+        if pool is not None:
             for kind, new, stored in (("keys", key, pool.key), ("values", value, pool.value)):
                 sizes, expected = (new.shape[1], new.shape[3]), tuple(stored.shape[2:])
                 if sizes != expected:
@@ -92,22 +90,26 @@ class PagedLayer(CacheLayerMixin):
                         f"layer {self.layer_idx} of the loaded cache holds {kind} of (heads, head_dim) {expected}, "
                         f"the model makes {sizes}: load the cache with the model that made it"
                     )
-            fresh = self._moved(pool, key, value)
-        group.pools.add(self.layer_idx, fresh)
+        if pool is None or pool.key.device != key.device:
+            pool = self._new_pool(pool, key, value)
         group.store.loaded.discard(self.layer_idx)
-        return fresh
+        return pool
 
-    def _moved(self, pool: BlockPool, key: torch.Tensor, value: torch.Tensor) -> BlockPool:
-        if pool.key.device == key.device:
+    def _new_pool(self, old: BlockPool | None, key: torch.Tensor, value: torch.Tensor) -> BlockPool:
+        """A pool on the device of `key`, with the blocks of `old`."""
+        pools = self.group.pools
+        pool = BlockPool(self.group.block_size, key, value, self._dtype if old is None else old.key.dtype)
+        pools.add(self.layer_idx, pool)
+        if old is None:
             return pool
-        fresh = BlockPool(self.group.block_size, key, value, pool.key.dtype)
         try:
-            fresh.grow(pool.num_blocks)
+            pool.grow(old.num_blocks)
         except BaseException as error:
-            raise growth_error(error, pool.num_blocks, 0) from error
-        fresh.key[: pool.num_blocks].copy_(pool.key)
-        fresh.value[: pool.num_blocks].copy_(pool.value)
-        return fresh
+            pools.add(self.layer_idx, old)
+            raise growth_error(error, old.num_blocks, 0) from error
+        pool.key[: old.num_blocks].copy_(old.key)
+        pool.value[: old.num_blocks].copy_(old.value)
+        return pool
 
     def restore(self, pool: BlockPool) -> None:
         """Takes over a pool that was saved; it goes to the model's device in the first forward."""
@@ -122,7 +124,7 @@ class PagedLayer(CacheLayerMixin):
         """Stores the new keys and values (B, Hkv, S, D | Dv) and returns handles on all of them, see `PagedTensor`.
 
         Raises:
-            CacheFullError: no room; what was stored before this forward is intact in every layer.
+            CacheFullError: no room. Whatever is raised, what was stored before this forward is intact in every layer.
             UnsupportedFeatureError: the call is traced as one graph (`torch.compile(fullgraph=True)`, `torch.export`).
         """
         if torch.compiler.is_compiling():
@@ -130,19 +132,32 @@ class PagedLayer(CacheLayerMixin):
                 "PagedCache can't be traced by torch.compile or torch.export yet: call the model as it is, or pass "
                 "`past_key_values=DynamicCache(config=model.config)` to the compiled one"
             )
-        if not self.is_initialized:  # before the step: a cap in bytes needs to know a block's
-            self.lazy_initialization(key_states, value_states)
+        step = self.group.step if self.columns < self.group.columns else None  # under way in other layers
+        try:
+            if not self.is_initialized:  # before the step: a cap in bytes needs to know a block's
+                self.lazy_initialization(key_states, value_states)
+        except BaseException:
+            if step is not None:
+                self.groups.take_back(step)
+            raise
         step = self._join_step(key_states)
+        try:
+            self._store(key_states, value_states, step)
+            self.group.layer_columns[self.layer_idx] = step.end
+            self._step = step
+            fresh = (key_states, value_states) if step.start == 0 else (None, None)
+            handles = self._handle("key", fresh[0]), self._handle("value", fresh[1])
+        except BaseException:
+            self.groups.take_back(step)  # does nothing where the group itself has done so
+            raise
+        self.had_grad |= torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
+        return handles
+
+    @torch.no_grad()
+    def _store(self, key_states: torch.Tensor, value_states: torch.Tensor, step: ForwardStep) -> None:
         if self.pool.num_blocks < step.num_blocks:
             self.groups.join_pool(self.group, self.pool, step)
-        local = step.to(self.device)
-        self.had_grad |= torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
-        with torch.no_grad():
-            self.pool.store(key_states.transpose(1, 2), value_states.transpose(1, 2), local.slot_mapping)
-        self._step = step
-        self.group.layer_columns[self.layer_idx] = step.end
-        fresh = (key_states, value_states) if step.start == 0 else (None, None)
-        return self._handle("key", fresh[0]), self._handle("value", fresh[1])
+        self.pool.store(key_states.transpose(1, 2), value_states.transpose(1, 2), step.to(self.device).slot_mapping)
 
     def _join_step(self, key_states: torch.Tensor) -> ForwardStep:
         group, step = self.group, self.group.step

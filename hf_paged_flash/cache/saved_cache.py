@@ -192,10 +192,10 @@ def _restore_group(cache: "PagedCache", number: int, group: PageGroup, columns: 
             key = saved.take(f"layers.{idx}.key", (num_blocks, size, None, None))
             value = saved.take(f"layers.{idx}.value", (num_blocks, size, key.shape[2], None), key.dtype)
             pool = BlockPool(size, *(x[:1].transpose(1, 2) for x in (key, value)), None)
-            pool.grow(num_blocks)
-            pool.key.copy_(key)
-            pool.value.copy_(value)
             layer.restore(pool)
+            pool.grow(num_blocks)
+            pool.key[:num_blocks].copy_(key)
+            pool.value[:num_blocks].copy_(value)
 
 
 def _restore_states(idx: int, layer: LinearAttentionLayer, known: list[bool], saved: _Saved) -> None:

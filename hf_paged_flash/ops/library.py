@@ -266,12 +266,12 @@ class _FlashAttention(torch.autograd.Function):
 
 
 def _nobody_watches(*tensors: torch.Tensor) -> bool:
-    """Whether a call may pass by torch's dispatcher: nothing traces, counts or transforms operators, or has its own."""
+    """Whether a call may pass by torch's dispatcher: nothing traces, counts or transforms it, or has an own one."""
     return (
         not torch.compiler.is_compiling()
         and not is_in_torch_dispatch_mode()
         and not torch._C._are_functorch_transforms_active()
-        and all(type(x) is torch.Tensor or type(x) is torch.nn.Parameter for x in tensors)
+        and all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors)
     )
 
 

@@ -30,7 +30,7 @@ def snapshot(manager: BlockManager) -> tuple:
         manager.first.tolist(),
         manager.table[:, : int(manager.row_blocks().max(initial=0))].tolist(),
         manager.blocks.references.tolist(),
-        sorted(manager.blocks.free.tolist()),
+        manager.blocks.blocks_free,
     )
 
 
@@ -100,6 +100,8 @@ class Machine(RuleBasedStateMachine):
             assert needed == error.blocks_needed > error.blocks_free >= 0
             return None
         assert needed == len(change.blocks)
+        taken, free = change.blocks, np.flatnonzero(self.blocks.references == 0)
+        assert (np.diff(taken) > 0).all() and (not len(taken) or (free > taken[-1]).all()), "not the lowest ones"
         self.copy_blocks(change)
         return change
 
@@ -197,6 +199,31 @@ class Machine(RuleBasedStateMachine):
         del self.forks[data.draw(st.integers(0, len(self.forks) - 1))]
         self.blocks.collect()
 
+    @rule(data=st.data())
+    def resize(self, data):
+        blocks = self.blocks
+        most = blocks.num_blocks + 100 if blocks.max_blocks is None else max(blocks.max_blocks, blocks.num_blocks)
+        num_blocks = data.draw(st.integers(blocks.blocks_spanned, most))
+        blocks_used = blocks.blocks_used
+        blocks.resize(num_blocks)
+        assert (blocks.num_blocks, blocks.blocks_used) == (num_blocks, blocks_used)
+
+    @rule()
+    def move_to_front(self):
+        moves = self.blocks.moves_to_front()
+        assert (self.blocks.references[moves[:, 0]] > 0).all() and not self.blocks.references[moves[:, 1]].any()
+        more = self.blocks.num_blocks - len(self.slots)
+        if more > 0:
+            self.slots = np.pad(self.slots, ((0, more), (0, 0)), constant_values=UNWRITTEN)
+        self.slots[moves[:, 1]] = self.slots[moves[:, 0]]
+        self.slots[moves[:, 0]] = UNWRITTEN  # given back to the device
+        place = np.arange(self.blocks.num_blocks)
+        place[moves[:, 0]] = moves[:, 1]
+        self.blocks.move(moves)
+        for fork in self.forks:
+            fork.manager.move(place)
+        assert self.blocks.blocks_spanned == self.blocks.blocks_used
+
     @rule()
     def pickle_all(self):
         managers = pickle.loads(pickle.dumps([fork.manager for fork in self.forks]))
@@ -212,7 +239,7 @@ class Machine(RuleBasedStateMachine):
             fork.manager.truncate(np.zeros(len(fork.rows), np.int64))
             fork.rows = [[] for _ in fork.rows]
         assert self.blocks.blocks_used == 0
-        assert sorted(self.blocks.free.tolist()) == list(range(self.blocks.num_blocks))
+        assert self.blocks.blocks_free == self.blocks.num_blocks
 
     @invariant()
     def rows_read_their_own_tokens(self):
@@ -239,7 +266,7 @@ class Machine(RuleBasedStateMachine):
         tables = np.concatenate([fork.manager.table.ravel() for fork in self.forks])
         named = np.bincount(tables[tables >= 0], minlength=blocks.num_blocks)
         assert named.tolist() == blocks.references.tolist()
-        assert sorted(blocks.free.tolist()) == np.flatnonzero(named == 0).tolist()
+        assert blocks.blocks_free == (named == 0).sum()
         assert blocks.blocks_used + blocks.blocks_free == blocks.num_blocks
         assert blocks.blocks_shared == int((named > 1).sum())
         assert blocks.max_blocks is None or blocks.num_blocks <= blocks.max_blocks
@@ -314,6 +341,22 @@ def test_freed_blocks_are_used_again_before_new_ones():
     manager.truncate(np.array([0, 64]))
     manager.append(np.array([64, 0]))
     assert manager.num_blocks == 8
+
+
+def test_the_end_empties():
+    """What comes goes into the lowest free blocks, so that rows which leave free the end of the pools."""
+    manager = BlockManager(16)
+    manager.start_rows(3)
+    manager.append(np.array([16 * 50, 16 * 100, 16 * 50]))
+    manager.truncate(np.array([0, 16 * 100, 16 * 50]))
+    assert (manager.blocks.blocks_free, manager.blocks.blocks_spanned) == (50, 200)
+    manager.truncate(np.array([0, 16 * 100, 0]))
+    assert manager.blocks.blocks_spanned == 150
+    manager.append(np.array([16 * 40, 0, 0]))
+    manager.truncate(np.array([16 * 40, 0, 0]))
+    assert manager.blocks.blocks_spanned == 40
+    manager.blocks.resize(40)
+    assert (manager.num_blocks, manager.blocks.blocks_free) == (40, 0)
 
 
 def test_growth_is_an_eighth_at_least_and_stays_under_the_cap():

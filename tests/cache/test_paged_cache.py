@@ -2,6 +2,7 @@
 
 import gc
 import pickle
+import sys
 import threading
 import weakref
 
@@ -650,23 +651,43 @@ class TestLifetime:
         with torch.inference_mode():
             model.generate(input_ids, attention_mask=mask, max_new_tokens=3)
 
-    def test_two_threads_with_one_model(self, model):
-        batches = [ragged_batch([30, 7, 19], seed=1), ragged_batch([12, 25, 3], "right", seed=2)]
-        options = {"max_new_tokens": 40, "do_sample": False}
-        alone = [model.generate(ids, attention_mask=mask, **options) for ids, mask in batches]
-        together, barrier = [None, None], threading.Barrier(2)
+    @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}], ids=str)
+    def test_threads_with_one_model(self, model, options):
+        """Each with a cache of its own, or the one that generate() makes."""
+        rows = 1 if "prompt_lookup_num_tokens" in options else 3
+        batches = [
+            ragged_batch([30, 7 + index, 19][:rows], ("left", "right")[index % 2 if rows > 1 else 0], seed=index)
+            for index in range(4)
+        ]
+        options = {"max_new_tokens": 20, "do_sample": False} | options
 
-        def run(index):
+        def run(index: int, cache: PagedCache | None) -> list[torch.Tensor]:
             ids, mask = batches[index]
-            barrier.wait()
-            together[index] = model.generate(ids, attention_mask=mask, **options)
+            first = model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
+            mask = torch.cat([mask, mask.new_ones(rows, first.shape[1] - mask.shape[1])], 1)
+            if cache is not None:
+                cache.reset()
+            return [first, model.generate(first, attention_mask=mask, past_key_values=cache, **options)]
 
-        threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+        alone = [run(index, None) for index in range(4)]
+        together, barrier = [None] * 4, threading.Barrier(4)
+
+        def run_in_thread(index: int) -> None:
+            barrier.wait()
+            together[index] = run(index, PagedCache(model.config) if index < 2 else None)
+
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-5)
+        try:
+            threads = [threading.Thread(target=run_in_thread, args=(index,)) for index in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            sys.setswitchinterval(interval)
+        for ours, theirs in zip(together, alone, strict=True):
+            assert ours is not None and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
     def test_a_cache_asked_for_its_sizes_elsewhere_takes_no_mask_of_another_forward(self, model, eager):
         input_ids, _ = ragged_batch([20], None)
@@ -739,11 +760,34 @@ class TestConfigurations:
     def test_sizes_with_units(self, text, size):
         assert PagedCache(tiny_config("llama"), max_memory=text).groups[0].pools.max_memory == size
 
-    def test_a_block_larger_than_the_cap_in_bytes(self, model):
-        cache = PagedCache(model.config, max_memory=100)
-        with pytest.raises(CacheFullError) as raised:
+    @pytest.mark.parametrize(
+        ("arguments", "block"),
+        [
+            ({}, 16 * ROW_BYTES),
+            ({"dtype": torch.bfloat16}, 8 * ROW_BYTES),
+            ({"block_size": 64, "dtype": torch.float64}, 128 * ROW_BYTES),
+        ],
+    )
+    def test_a_cap_below_one_block(self, model, arguments, block):
+        with pytest.raises(ArgumentError, match=f"`max_memory` must be at least {block} bytes.*got {block - 1}"):
+            PagedCache(model.config, max_memory=block - 1, **arguments)
+        cache = PagedCache(model.config, max_memory=block, **arguments)
+        extend(model, cache, ragged_batch([16], None)[0])
+        assert cache.memory().blocks_used == 1
+
+    def test_a_cap_below_one_block_of_an_unknown_size(self, model):
+        config = tiny_config("llama")  # says nothing of a dtype
+        assert config.dtype is None
+        cache = PagedCache(config, max_memory=16 * ROW_BYTES - 1)
+        message = f"`max_memory` is {16 * ROW_BYTES - 1} bytes, and one block of 16 tokens takes {16 * ROW_BYTES} in 3"
+        with pytest.raises(CacheFullError, match=message) as raised:
             extend(model, cache, ragged_batch([1], None)[0])
         assert (raised.value.blocks_needed, raised.value.blocks_free) == (1, 0)
+        assert cache.get_seq_length() == 0
+        keys = torch.zeros(1, 1, 1, 16), torch.zeros(1, 7, 1, 16)  # the first layer alone would fit
+        with pytest.raises(CacheFullError, match="one block of 16 tokens takes"):
+            for layer in range(3):
+                cache.update(keys[layer > 0], keys[layer > 0], layer)
 
     def test_linear_attention_layers_keep_their_own_state(self):
         config = AutoConfig.for_model(

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from hf_paged_flash import ArgumentError, CacheFullError, PagedCache, PagedFlashError
+from hf_paged_flash.cache.block_pool import BlockPool
 from tests.integration.models import attentive_config
 from tests.tiny_models import MODEL_TYPES, ragged_batch, tiny_config, tiny_model
 
@@ -173,6 +174,32 @@ def test_half_a_forward_is_not_saved(model, path, monkeypatch):
     cache.crop(-2)
     cache.save(path)
     assert PagedCache.load(path, model.config).get_seq_length() == 30
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_blocks_move_to_the_models_device(model, path, monkeypatch, failing):
+    """On CPU tensors: the pool that was loaded says that it lies elsewhere."""
+    cache, _, _ = filled(model)
+    cache.save(path)
+    loaded = PagedCache.load(path, model.config)
+    elsewhere = [layer.pool for layer in loaded.layers]
+
+    class Elsewhere(torch.Tensor):
+        device = torch.device("meta")
+
+    for pool in elsewhere:
+        pool.key = pool.key.as_subclass(Elsewhere)
+    more = torch.full((3, 1), 7)
+    if failing:
+        with monkeypatch.context() as patch:
+            patch.setattr(BlockPool, "grow", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("simulated")))
+            with pytest.raises(CacheFullError, match="no memory for 5 more blocks"):
+                extend(model, loaded, more)
+        assert [loaded.groups[0].pools.get(layer) for layer in range(3)] == elsewhere
+        assert loaded.get_seq_length() == 30
+    assert torch.equal(extend(model, loaded, more), extend(model, cache, more))
+    assert not {id(layer.pool) for layer in loaded.layers} & {id(pool) for pool in elsewhere}
+    assert type(loaded.layers[0].pool.key) is torch.Tensor
 
 
 class TestRefused:

@@ -37,7 +37,7 @@ def test_help_comes_from_the_module(command, option):
 
 
 def test_arguments_and_exit_status_pass_through(tmp_path):
-    options = ["--prompts", "2", "--longest", "64", "--block-sizes", "16", "--out", str(tmp_path)]
+    options = ["--workloads", "ragged", "--scale", "0.01", "--layers", "1", "--out", str(tmp_path)]
     assert run("memory", *options, "--tolerance", "99").exit_code == 0
     assert (tmp_path / "memory.jsonl").is_file()
     assert run("memory", *options, "--tolerance", "0").exit_code == 1

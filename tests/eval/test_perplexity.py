@@ -132,3 +132,17 @@ def test_shipped_model_on_a_gpu(dtype, tolerance):
 def test_a_gpu_that_is_not_there_is_named():
     with pytest.raises(ArgumentError, match="`device` is 'cuda:1', but torch finds no GPU"):
         perplexity._settle_device("cuda:1")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--dtype", "float8"), "`dtype` must be one of auto, float32, bfloat16, float16, got 'float8'"),
+        (("--implementations", "flash"), "can't be loaded with 'flash'"),
+        (("no/such/model",), "no/such/model can't be loaded with 'eager'"),
+    ],
+)
+def test_unknown_names_are_refused(options, message, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = run("--device", "cpu", "--max-tokens", "64", *options)
+    assert isinstance(result.exception, ArgumentError) and message in str(result.exception)

@@ -1,4 +1,4 @@
-"""README's picture shows what the committed results say."""
+"""README's pictures show what the committed results say."""
 
 from pathlib import Path
 from xml.etree import ElementTree
@@ -35,6 +35,30 @@ def test_picture(tmp_path):
     text = (tmp_path / "it.svg").read_text()
     ElementTree.fromstring(text)
     assert all(word in text for word in ("runs a-run", "SDPA FA2", "backward, head_dim 64", "16384"))
+
+
+def test_memory_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    case = {"workload": "w-1", "title": "one workload"}
+    points = [[0, 1.5, 1.0], [10, 3.0, 2.0]]
+    rows = [
+        {"run": "a-run", "impl": impl, "case": case | {"title": title}, "metric": "gib_over_time", "value": points}
+        for title in ("one workload", "another", "a third")
+        for impl in ("dynamic", "static", "paged")
+    ]
+    plots.draw_memory(rows, tmp_path / "it.svg")
+    text = (tmp_path / "it.svg").read_text()
+    ElementTree.fromstring(text)
+    assert all(word in text for word in ("runs a-run", "one workload", "a third", "PagedCache", "still needed"))
+
+
+def test_readme_shows_the_memory_of_the_committed_results():
+    picture = CHECKOUT / "eval" / "assets" / "memory.svg"
+    if not (CHECKOUT / "README.md").is_file():
+        pytest.skip("no checkout")
+    assert "(eval/assets/memory.svg)" in (CHECKOUT / "README.md").read_text(encoding="utf-8")
+    runs = ", ".join(dict.fromkeys(row["run"] for row in plots.timelines(CHECKOUT / "eval" / "results")))
+    assert runs and f"runs {runs}" in picture.read_text(encoding="utf-8"), "run python -m hf_paged_flash.eval.plots"
 
 
 def test_readme_shows_the_committed_results():

@@ -97,6 +97,29 @@ def test_what_ran_out_of_memory_says_so(tmp_path):
     assert "| 131,072 | 512.0 | out of memory | 2,048.0 | – | 1,234.6 |" in text
 
 
+def test_memory_by_workload(tmp_path):
+    def of(run, gpu, impl, value, **more):
+        case = {"workload": "w-1", "title": "one workload"} | more
+        return {"run": run, "gpu": gpu, "case": case, "impl": impl, "metric": value[0], "value": value[1]}
+
+    reserved, stored, wasted = ("reserved_gib", 4.0), ("stored_gib", 3.0), ("waste_pct", 25.0)
+    write(
+        tmp_path / "memory.jsonl",
+        *(of("old", "cpu", "paged", (name, 9.0), block_size=16) for name, _ in (reserved, stored, wasted)),
+        *(of("new", "cpu", "paged", value, block_size=16) for value in (reserved, stored, wasted)),
+        *(of("new", "cpu", "paged", value, block_size=64) for value in (("reserved_gib", 5.0), stored, wasted)),
+        *(of("new", "cpu", "dynamic", value) for value in (("reserved_gib", 8.0), stored, ("waste_pct", 50.0))),
+        of("new", "cpu", "dynamic", ("gib_over_time", [[0, 1.0, 1.0]])),
+        *(of("gpu", "GPU", "paged", value) for value in (("device_gib", 4.5), ("peak_gib", 0.5), stored)),
+        of("gpu", "GPU", "static", ("out_of_memory", 1)),
+    )
+    text = tables.table_of("memory", tmp_path)
+    assert "| one workload | 3.00 | 8.00 (50.0 %) |  | 4.00 (25.0 %) |" in text
+    assert "| the same, blocks of 64 | 3.00 |  |  | 5.00 (25.0 %) |" in text
+    assert "9.00" not in text
+    assert "| one workload | 3.00 | – | out of memory | 4.50 (0.50) |" in tables.table_of("memory_measured", tmp_path)
+
+
 def test_readme_holds_the_committed_results():
     readme = CHECKOUT / "README.md"
     if not readme.is_file():

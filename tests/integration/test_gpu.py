@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from transformers import DynamicCache, PreTrainedModel
 
 from hf_paged_flash import PagedCache, counters
@@ -214,6 +215,27 @@ def test_decode_steps_of_an_encoder_decoder_model_never_wait(no_host_sync):
     options |= {"past_key_values": None, "use_cache": False}
     whole = model(decoder_input_ids=tokens, **options).logits
     torch.testing.assert_close(logits[:, -1], whole[:, -1], rtol=0.0, atol=1e-4)
+
+
+@pytest.mark.parametrize("devices", [("cpu", 0, "cpu"), (0, "cpu", 0), (0, 1, 0)], ids=str)
+def test_layers_on_several_devices(devices):
+    """`device_map`: each layer's blocks lie where the layer does."""
+    if 1 in devices and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    model = tiny_model(attentive_config("llama"), "paged_flash")
+    input_ids, mask = ragged_batch(LENGTHS, "left")
+    expected = new_tokens(model, input_ids, mask)
+    device_map = {"model.embed_tokens": devices[0], "model.rotary_emb": devices[0]}
+    device_map |= {f"model.layers.{layer}": device for layer, device in enumerate(devices)}
+    device_map |= {"model.norm": devices[-1], "lm_head": devices[-1]}
+    skip = model._skip_keys_device_placement
+    model = dispatch_model(model, device_map, main_device="cpu", skip_keys=skip, force_hooks=True)
+    cache = PagedCache(model.config)
+    first = "cpu" if devices[0] == "cpu" else f"cuda:{devices[0]}"
+    tokens = new_tokens(model, input_ids.to(first), mask.to(first), past_key_values=cache)
+    assert torch.equal(tokens.cpu(), expected)
+    for layer, device in zip(cache.layers, devices, strict=True):
+        assert {layer.pool.key.device, layer.pool.value.device} == {torch.ones(0, device=device).device}
 
 
 @pytest.mark.parametrize("give_back", ["reset", "del"])

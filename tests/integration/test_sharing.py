@@ -280,7 +280,7 @@ class TestTransformersWayIsKept:
     def test_for_a_model_that_repeats_its_inputs_itself(self, load, prefilled, monkeypatch):
         pair = load("llama")
         expand = inspect.getattr_static(GenerationMixin, "_expand_inputs_for_generation")
-        is_static = isinstance(expand, staticmethod)  # before transformers 5.23
+        is_static = isinstance(expand, staticmethod)  # in older versions
         own = staticmethod(lambda **kwargs: expand(**kwargs)) if is_static else lambda self, **kw: expand(self, **kw)
         monkeypatch.setattr(type(pair.paged), "_expand_inputs_for_generation", own)
         self._check(pair, prefilled, rows=3)

@@ -24,3 +24,18 @@ def test_summaries_are_read():
     assert sanitize.errors_found("racecheck", log) == 0
     with pytest.raises(RuntimeError, match="no summary of racecheck"):
         sanitize.errors_found("racecheck", "Killed")
+
+
+def test_only_races_between_named_functions_are_explained():
+    lines = {name: first + 1 for first, _, name in sanitize._functions("forward_kernel.py")}
+
+    def report(first, *others):
+        sides = [f"access at kernel+0x{i} in forward_kernel.py:{lines[x]}" for i, x in enumerate((first, *others))]
+        rest = "".join(f"=========     and Write {side} [3 hazards]\n" for side in sides[1:])
+        return f"========= Error: Race reported between Read {sides[0]}\n{rest}========= \n"
+
+    explained = report("_consume", "_draw") + report("_zero_tail", "_zero_tail", "_zero_tail")
+    assert sanitize.explained_races(explained) == 2
+    assert sanitize.explained_races(explained + report("_zero_tail", "_zero_tail", "_consume")) == 2
+    assert sanitize.explained_races(report("_consume", "_produce")) == 0
+    assert sanitize.explained_races("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n") == 0

@@ -73,10 +73,10 @@ def _query_tiles(start_n, seqlen_q, seqlen_k, BLOCK_M: gl.constexpr, BLOCK_N: gl
 
 
 @gluon.jit
-def _first_tile(first, tiles, start_n, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr):
+def _first_tile(first, tiles, start_n, BLOCK_M: gl.constexpr, CAUSAL: gl.constexpr):
     """The tile a block begins with: without a causal mask each with another, or all would add to one tile of dQ."""
     if not CAUSAL:
-        first = start_n // BLOCK_N % gl.maximum(tiles, 1)
+        first = start_n // BLOCK_M % gl.maximum(tiles, 1)
     return first
 
 
@@ -107,7 +107,7 @@ def _produce(
     r = 0
     for g in range(group):
         head = head_k * group + g
-        tile = _first_tile(first, tiles, start_n, BLOCK_N, CAUSAL)
+        tile = _first_tile(first, tiles, start_n, BLOCK_M, CAUSAL)
         for _ in range(first, tiles):
             slot = r % STAGES
             phase = ((r // STAGES) & 1) ^ 1
@@ -367,7 +367,7 @@ def _consume(
     for g in range(group):
         head_tiles = (row * (shape[0] * group) + head_k * group + g) * shape[3] + padded
         dq_head = (DQ + head_tiles.to(gl.int64) * (BLOCK_M * D)).to(gl.int64, bitcast=True)
-        tile = _first_tile(first, tiles, start_n, BLOCK_N, CAUSAL)
+        tile = _first_tile(first, tiles, start_n, BLOCK_M, CAUSAL)
         for _ in range(first, masked):
             dk, dv = STEP(
                 tensors, bars, dq_head + tile.to(gl.int64) * (BLOCK_M * D * 4), dk, dv, r, limit - tile * BLOCK_M,
