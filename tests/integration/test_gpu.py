@@ -149,12 +149,12 @@ def test_decode_steps_never_wait_for_the_device(model_type, masked, no_host_sync
     masks = [None if mask is None else mask[:, : column + 1] for column in range(columns)]
     model(input_ids[:, :prompt], attention_mask=masks[prompt - 1], past_key_values=cache)
     model(new[prompt], attention_mask=masks[prompt], past_key_values=cache)  # compiles
-    blocks = cache.groups[0].manager.num_blocks
+    blocks = cache.groups[0].manager.blocks_used
     no_host_sync()
     for column in range(prompt + 1, columns):
         logits = model(new[column], attention_mask=masks[column], past_key_values=cache).logits
     torch.cuda.set_sync_debug_mode("default")
-    assert cache.groups[0].manager.num_blocks > blocks, "no row went on to a new block: growing steps went untested"
+    assert cache.groups[0].manager.blocks_used > blocks, "no row went on to a new block: growing steps went untested"
     whole = model(input_ids, attention_mask=mask, use_cache=False).logits
     torch.testing.assert_close(logits[:, -1], whole[:, -1], rtol=0.0, atol=1e-4)
 
