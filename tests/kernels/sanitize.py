@@ -261,7 +261,7 @@ def _functions(file: str) -> list[tuple[int, int, str]]:
         if (folder / file).exists():
             nodes = ast.walk(ast.parse((folder / file).read_text()))
             found = [node for node in nodes if isinstance(node, ast.FunctionDef)]
-            return [(node.decorator_list[0].lineno - 1, node.end_lineno, node.name) for node in found]
+            return [(node.lineno, node.end_lineno, node.name) for node in found]
     return []
 
 
