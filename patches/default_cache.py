@@ -50,5 +50,5 @@ DEFAULT_CACHE = Patch(
     parameters=("self", "generation_config", "model_kwargs", "generation_mode", "batch_size", "max_cache_length"),
     wrapper=_prepare_cache,
     reason="generate() runs on a PagedCache without another argument",
-    checked=("5.17.0", "5.23.0"),
+    checked=("5.17.0", "5.23.0", "5.24.0"),
 )
