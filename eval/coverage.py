@@ -122,10 +122,10 @@ def prompts(model: PreTrainedModel, lengths: Sequence[int], seed: int = 0) -> di
 
 
 def run(model: PreTrainedModel, inputs: dict[str, torch.Tensor], **options) -> Run:
-    options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "min_new_tokens": 1} | options
+    options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "decoder_start_token_id": 1} | options
     out = model.generate(**inputs, return_dict_in_generate=True, output_logits=True, **options)
     cache = getattr(out, "past_key_values", None)
-    return Run(out.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(out.logits), type(cache).__name__)
+    return Run(out.sequences[..., inputs["input_ids"].shape[1] :], torch.stack(out.logits), type(cache).__name__)
 
 
 def difference(ours: Run, theirs: Run) -> float:

@@ -30,15 +30,16 @@ _SIZES = {
     16: "head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim kv_channels attention_head_dim global_head_dim "
     "dim_head d_head swa_head_dim index_head_dim attention_head_size linear_head_dim linear_key_head_dim "
     "linear_value_head_dim state_size mamba_d_state ssm_state_size rel_extent rotary_dim",
-    4: "num_experts num_local_experts n_routed_experts moe_num_experts index_topk_blocks num_centroids",
-    2: "num_experts_per_tok num_experts_per_token moe_k moe_topk moe_top_k n_shared_experts num_shared_experts",
+    4: "num_experts num_local_experts n_routed_experts moe_num_experts num_centroids",
+    2: "num_experts_per_tok num_experts_per_token moe_k moe_topk moe_top_k n_shared_experts num_shared_experts "
+    "index_topk_blocks",
     1: "n_group topk_group num_expert_group first_k_dense_replace num_dense_layers o_groups",
     WINDOW: "sliding_window sliding_window_size attention_window_size local_attention keep_window_size "
     "window_size attention_chunk_size index_topk index_block_size",
     512: "max_position_embeddings n_positions n_ctx max_seq_len max_target_positions model_max_length",
 }
 _SIZE_OF = {name: size for size, names in _SIZES.items() for name in names.split()}
-_VOCABULARIES = ("vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input", "audio_vocab_size")
+_VOCABULARIES = ("vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input", "audio_vocab_size", "unpadded_vocab_size")
 _ALWAYS = {
     "eos_token_id": None,
     "forced_eos_token_id": None,
@@ -56,13 +57,16 @@ _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16}
 _MAYBE_SHARED = ["sliding_attention", "full_attention"] * 3
 _WIDE_GLOBALS = {"num_hidden_layers": 6, "layer_types": _MAYBE_SHARED}
 _WIDE_GLOBALS |= {"per_layer_config": {layer: {"head_dim": 32} for layer in (1, 3, 5)}}
+_BOTH = ["full_attention", "sliding_attention"]
+_AXIAL = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]}
 _QSA = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8}
 _QSA |= {"indexer_compress_ratio": 4}
 _OVERRIDES: dict[str, dict] = {
     "bamba": _MAMBA | {"attn_layer_indices": [1]},
-    "cohere_compass_text": {"layer_types": ["full_attention", "sliding_attention"]},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}},
+    "cohere_compass_text": {"rope_parameters": {kind: _AXIAL for kind in _BOTH}, "layer_types": _BOTH},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4}},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "falcon_h1": _MAMBA | {"mamba_d_ssm": 128},
     "gemma3n_text": {"layer_types": _MAYBE_SHARED, "num_kv_shared_layers": 2, "intermediate_size": [64] * 6}
@@ -74,6 +78,7 @@ _OVERRIDES: dict[str, dict] = {
     "jamba": {"num_hidden_layers": 4, "attn_layer_period": 4, "attn_layer_offset": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
     "mamba2": {"num_heads": 8, "n_groups": 2},
+    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"], "index_block_size": 4},
     "qwen4_exp_text": _QSA,
     "reformer": {"axial_pos_embds_dim": (16, 48), "axial_pos_shape": (16, 32)},
     "recurrent_gemma": {"num_hidden_layers": 3},

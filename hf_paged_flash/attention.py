@@ -13,13 +13,10 @@ from .cache import PagedTensor
 from .errors import PagedFlashError, UnsupportedFeatureError
 from .masks import are_chunks, masks_nothing, window_of
 from .ops.validation import MAX_BACKWARD_HEAD_DIM, NO_WIDE_BACKWARD, check_dropout
+from .selection import select_keys
 
 # Arguments that change what attention computes and that no path here applies: {name: what it is}
-_REFUSED_ARGUMENTS = {
-    "head_mask": "a head mask",
-    "indices": "a sparse selection of keys",
-    "block_indices": "a sparse selection of key blocks",
-}
+_REFUSED_ARGUMENTS = {"head_mask": "a head mask"}
 
 
 def _leaves_the_cache(attend: Callable) -> Callable:
@@ -53,6 +50,8 @@ def paged_flash_attention_forward(
     is_causal: bool | None = None,
     s_aux: torch.Tensor | None = None,
     position_bias: torch.Tensor | None = None,
+    indices: torch.Tensor | None = None,
+    block_indices: torch.Tensor | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     cu_seq_lens_k: torch.Tensor | None = None,
     max_length_q: int | None = None,
@@ -75,6 +74,8 @@ def paged_flash_attention_forward(
         is_causal: None = the module's own `is_causal`.
         s_aux: (Hq,), attention sinks.
         position_bias: (B | 1, Hq | 1, Sq | 1, Sk), added to the scores; differentiable.
+        indices, block_indices: (B, Sq, n) and (B, groups, Sq, n), the keys or blocks of keys that a query may see of
+            those that a 4-D `attention_mask` shows it, see `selection.select_keys`.
         cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: packed rows in a batch of 1.
         deterministic: gradients that are the same in every run, as in `flash_attn_func`; None = whether the
             environment has FLASH_ATTENTION_DETERMINISTIC=1, as transformers asks. True wherever
@@ -92,6 +93,7 @@ def paged_flash_attention_forward(
     _refuse(module, query, value, attention_mask, kwargs)
     if cu_seq_lens_q is not None:
         _refuse_beside_offsets(key, attention_mask, position_bias)
+    attention_mask = select_keys(module, attention_mask, key.shape[2], query.shape[1], indices, block_indices)
     # a matrix says all: no causal mask or window comes on top
     is_matrix = attention_mask is not None and attention_mask.dim() == 4
     causal = not is_matrix and bool(is_causal if is_causal is not None else getattr(module, "is_causal", True))

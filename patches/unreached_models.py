@@ -6,28 +6,26 @@ first forward. There is no flag for them, so their source is asked, as `set_attn
 """
 
 import functools
-import inspect
 import re
-import sys
 
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_paged_flash.errors import UnsupportedFeatureError
 from hf_paged_flash.patches.base import Patch
+from hf_paged_flash.patches.model_source import module_source, parts
 
 logger = logging.get_logger(__name__)
 
 
 @functools.cache
 def _has_attention_of_its_own(model_class: type) -> bool:
-    """Whether the file of `model_class` defines attention layers and never asks transformers for an implementation."""
-    try:
-        source = inspect.getsource(sys.modules[model_class.__module__])
-    except (KeyError, OSError, TypeError):
-        return False  # typed in at a prompt: nothing to read
+    """Whether `model_class` never asks transformers for an implementation, or looks its name up among its own."""
+    source = module_source(model_class)
     defines_attention = re.search(r"^class \w*Attention\w*\(nn\.Module\):", source, re.MULTILINE)
-    return defines_attention is not None and "ALL_ATTENTION_FUNCTIONS" not in source
+    if defines_attention is None or "ALL_ATTENTION_FUNCTIONS" not in source:
+        return defines_attention is not None
+    return any(re.search(r"_CLASSES\[config\._attn_implementation\]", part) for part in parts(model_class).values())
 
 
 def _check_and_adjust(original, self, attn_implementation, *args, **kwargs):
