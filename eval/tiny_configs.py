@@ -39,7 +39,8 @@ _SIZES = {
     512: "max_position_embeddings n_positions n_ctx max_seq_len max_target_positions model_max_length",
 }
 _SIZE_OF = {name: size for size, names in _SIZES.items() for name in names.split()}
-_VOCABULARIES = ("vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input", "audio_vocab_size", "unpadded_vocab_size")
+_VOCABULARIES = {"vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input", "audio_vocab_size"}
+_VOCABULARIES |= {"unpadded_vocab_size"}
 _ALWAYS = {
     "eos_token_id": None,
     "forced_eos_token_id": None,
@@ -68,6 +69,7 @@ _OVERRIDES: dict[str, dict] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4}},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    "dory": {"n_input_layers": 1, "n_output_layers": 1, "num_hidden_layers": 4, "layer_types": _BOTH * 2},
     "falcon_h1": _MAMBA | {"mamba_d_ssm": 128},
     "gemma3n_text": {"layer_types": _MAYBE_SHARED, "num_kv_shared_layers": 2, "intermediate_size": [64] * 6}
     | {"activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0, 0.0, 0.0], "num_hidden_layers": 6},

@@ -12,8 +12,8 @@ from .backend import use_kernels
 from .cache import PagedTensor
 from .errors import PagedFlashError, UnsupportedFeatureError
 from .masks import are_chunks, masks_nothing, window_of
+from .matrices import select_keys, sink_column
 from .ops.validation import MAX_BACKWARD_HEAD_DIM, NO_WIDE_BACKWARD, check_dropout
-from .selection import select_keys
 
 # Arguments that change what attention computes and that no path here applies: {name: what it is}
 _REFUSED_ARGUMENTS = {"head_mask": "a head mask"}
@@ -52,6 +52,7 @@ def paged_flash_attention_forward(
     position_bias: torch.Tensor | None = None,
     indices: torch.Tensor | None = None,
     block_indices: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     cu_seq_lens_k: torch.Tensor | None = None,
     max_length_q: int | None = None,
@@ -75,7 +76,8 @@ def paged_flash_attention_forward(
         s_aux: (Hq,), attention sinks.
         position_bias: (B | 1, Hq | 1, Sq | 1, Sk), added to the scores; differentiable.
         indices, block_indices: (B, Sq, n) and (B, groups, Sq, n), the keys or blocks of keys that a query may see of
-            those that a 4-D `attention_mask` shows it, see `selection.select_keys`.
+            those that a 4-D `attention_mask` shows it, see `matrices.select_keys`.
+        sinks: (B | 1, Hq | 1, Sq, 1), a sink for each query, see `matrices.sink_column`.
         cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: packed rows in a batch of 1.
         deterministic: gradients that are the same in every run, as in `flash_attn_func`; None = whether the
             environment has FLASH_ATTENTION_DETERMINISTIC=1, as transformers asks. True wherever
@@ -99,6 +101,8 @@ def paged_flash_attention_forward(
     causal = not is_matrix and bool(is_causal if is_causal is not None else getattr(module, "is_causal", True))
     window = -1 if sliding_window is None else sliding_window - 1
     window_left, window_right = (-1, -1) if is_matrix else window_of(attention_mask) or (window, window)
+    if isinstance(key, PagedTensor) and window_left < 0 and not is_matrix:
+        window_left = _window_of_cache(key, query.shape[2])
     dropout = float(dropout) if module.training else 0.0
     check_dropout("dropout", dropout)
     scoring = rows.Scoring(
@@ -115,10 +119,14 @@ def paged_flash_attention_forward(
     query = query.to(dtype)
     is_padding = attention_mask is not None and attention_mask.dim() == 2 and attention_mask.dtype != torch.int32
     told = masks_nothing(attention_mask) or (is_padding and isinstance(key, PagedTensor) and key.step.knows_mask)
-    if _are_paged(key, value) and told and position_bias is None:
+    if _are_paged(key, value) and told and position_bias is None and sinks is None:
         # a cache may store, and attend, in another dtype
         return rows.paged(query, key, value, scoring).to(dtype), None
     key, value = (_dense_keys(x, query.shape[2]).to(dtype) for x in (key, value))
+    if sinks is not None:
+        key, value, attention_mask, position_bias = sink_column(
+            module, key, value, attention_mask, position_bias, sinks.to(dtype)
+        )
     if cu_seq_lens_q is not None:
         offsets = cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k
         return rows.packed(query, key, value, *offsets, scoring), None
@@ -141,6 +149,23 @@ def _dense_keys(x: torch.Tensor, q_length: int) -> torch.Tensor:
     if not isinstance(x, PagedTensor):
         return x
     return x.fresh if x.fresh is not None and q_length == x.step.end else x.dense("attention")
+
+
+def _window_of_cache(key: PagedTensor, q_length: int) -> int:
+    """Keys to the left of a query's own that DynamicCache keeps, where neither layer nor mask tells a window (Moshi).
+
+    A first forward sees all of its tokens there. -1 for no window.
+    """
+    window = key.layer.window
+    if window is None or q_length == key.step.end:
+        return -1
+    if q_length > 1:
+        raise UnsupportedFeatureError(
+            f"layer {key.layer.layer_idx} has a window of {window} tokens which only its cache knows of, so that "
+            f"{q_length} new tokens after cached ones have none of their own: continue by one token at a time, or use "
+            "`past_key_values=DynamicCache(config=model.config)`"
+        )
+    return window - 1
 
 
 def _refuse(module: nn.Module, query, value, attention_mask: torch.Tensor | None, kwargs: dict) -> None:

@@ -2,15 +2,19 @@
 
 Why: transformers takes any registered name for every model, though dozens of them (bloom, falcon, roformer, swin ...)
 never look at it. They would get our masks under their own attention: a KeyError, a NameError or a shape error in the
-first forward. There is no flag for them, so their source is asked, as `set_attn_implementation` does.
+first forward. There is no flag for them, so their source is asked, as `set_attn_implementation` does. A model whose
+attention takes what paged_flash does not know would be wrong in silence: its eager function tells.
 """
 
 import functools
+import inspect
 import re
+import sys
 
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from hf_paged_flash.attention import paged_flash_attention_forward
 from hf_paged_flash.errors import UnsupportedFeatureError
 from hf_paged_flash.patches.base import Patch
 from hf_paged_flash.patches.model_source import module_source, parts
@@ -28,12 +32,37 @@ def _has_attention_of_its_own(model_class: type) -> bool:
     return any(re.search(r"_CLASSES\[config\._attn_implementation\]", part) for part in parts(model_class).values())
 
 
+@functools.cache
+def _unknown_argument(model_class: type) -> str | None:
+    """An argument that the eager attention of `model_class` takes and that means nothing to paged_flash."""
+    eager = getattr(sys.modules.get(model_class.__module__), "eager_attention_forward", None)
+    if not inspect.isfunction(eager):
+        return None
+    named = [
+        name for name, taken in inspect.signature(eager).parameters.items() if taken.kind is not taken.VAR_KEYWORD
+    ]
+    known = inspect.signature(paged_flash_attention_forward).parameters
+    return next((name for name in named[4:] if name not in known), None)  # after the module and the tensors
+
+
+def _refusal(model_class: type) -> str | None:
+    """Why `model_class` can't run paged_flash; None where it can."""
+    if _has_attention_of_its_own(model_class):
+        reason = (
+            "has attention code of its own, which transformers' AttentionInterface does not reach: paged_flash can't"
+        )
+        reason += " run there"
+    elif (name := _unknown_argument(model_class)) is not None:
+        reason = f"gives its attention `{name}`, which paged_flash does not know"
+    else:
+        return None
+    return f'{model_class.__name__} {reason}. Load it with attn_implementation="eager"'
+
+
 def _check_and_adjust(original, self, attn_implementation, *args, **kwargs):
-    if attn_implementation == "paged_flash" and _has_attention_of_its_own(type(self)):
-        message = (
-            f"{type(self).__name__} has attention code of its own, which transformers' AttentionInterface does not "
-            'reach: paged_flash can\'t run there. Load it with attn_implementation="eager", or name the parts of a '
-            'larger model that can run it: attn_implementation={"text_config": "paged_flash"}'
+    if attn_implementation == "paged_flash" and (message := _refusal(type(self))) is not None:
+        message += (
+            ', or name the parts of a larger model that can run it: attn_implementation={"text_config": "paged_flash"}'
         )
         if self.config.get_text_config(decoder=True) is self.config:
             raise UnsupportedFeatureError(message)

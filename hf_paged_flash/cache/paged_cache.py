@@ -145,6 +145,8 @@ class PagedCache(Cache):
         for idx, (kind, kwargs) in enumerate(zip(layer_types, layer_kwargs, strict=True)):
             if paged[idx]:
                 layers.append(PagedLayer(idx, group, is_sliding=kind != "full_attention", dtype=dtype))
+                if kind == "sliding_attention":
+                    layers[-1].window = kwargs["sliding_window"]
             elif kind == "dummy" or DYNAMIC_LAYER_TYPE_MAPPING.get(kind) is LinearAttentionLayer:
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs))  # a dummy reads another layer's keys
             else:

@@ -18,6 +18,9 @@ class PagedLayer(CacheLayerMixin):
     """Keys and values of one attention layer in the blocks of its `PageGroup`.
 
     A sliding-window layer keeps all its tokens too; attention reads only those inside the window.
+
+    Attributes:
+        window: tokens that DynamicCache would keep of a sliding-window layer; None for all.
     """
 
     _layer_type = None  # must not register itself as transformers' class for a layer type
@@ -30,6 +33,7 @@ class PagedLayer(CacheLayerMixin):
         self.layer_idx = layer_idx
         self.group = group
         self.is_sliding = is_sliding
+        self.window: int | None = None
         self._dtype = dtype
         self.reset()
 
@@ -38,6 +42,15 @@ class PagedLayer(CacheLayerMixin):
         self._step: ForwardStep | None = None
         self.is_initialized = False
         self.had_grad = False  # something was stored whose gradient was asked for
+
+    def __deepcopy__(self, memo: dict) -> "PagedLayer":
+        """One more layer of the group, empty: models that run layers in loops (Dory) make theirs so."""
+        if self.is_initialized:
+            raise UnsupportedFeatureError("one layer can't be copied, its blocks are shared: work on the PagedCache")
+        layer = copy(self)
+        layer.layer_idx = 1000 + self.group.pools.num_layers  # beyond those of the model's own layers
+        self.group.pools.num_layers += 1
+        return layer
 
     @property
     def columns(self) -> int:
