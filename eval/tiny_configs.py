@@ -81,6 +81,8 @@ _OVERRIDES: dict[str, dict] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
     "mamba2": {"num_heads": 8, "n_groups": 2},
     "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"], "index_block_size": 4},
+    "musicgen_decoder": {"pad_token_id": VOCAB_SIZE, "bos_token_id": VOCAB_SIZE},
+    "musicgen_melody_decoder": {"pad_token_id": VOCAB_SIZE, "bos_token_id": VOCAB_SIZE},
     "qwen4_exp_text": _QSA,
     "reformer": {"axial_pos_embds_dim": (16, 48), "axial_pos_shape": (16, 32)},
     "recurrent_gemma": {"num_hidden_layers": 3},

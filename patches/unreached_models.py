@@ -61,9 +61,9 @@ def _refusal(model_class: type) -> str | None:
 
 def _check_and_adjust(original, self, attn_implementation, *args, **kwargs):
     if attn_implementation == "paged_flash" and (message := _refusal(type(self))) is not None:
-        message += (
-            ', or name the parts of a larger model that can run it: attn_implementation={"text_config": "paged_flash"}'
-        )
+        if not self.can_generate():
+            message += ", or name the parts of a larger model that can run it: attn_implementation="
+            message += '{"text_config": "paged_flash"}'
         if self.config.get_text_config(decoder=True) is self.config:
             raise UnsupportedFeatureError(message)
         logger.warning_once(message)  # the text part of a composite model is a model of its own and checked too
