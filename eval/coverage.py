@@ -88,7 +88,7 @@ def results_file(folder: Path, version: str) -> Path:
 def recorded(path: Path) -> tuple[dict, dict[str, Finding]]:
     """Where a recorded table comes from, and its findings by type."""
     first, *rest = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return first, {row["model_type"]: Finding(**row | {"dense": tuple(row["dense"])}) for row in rest}
+    return first, {row["model_type"]: Finding(**row | {"dense": tuple(row.get("dense", ()))}) for row in rest}
 
 
 def recorded_versions(folder: Path) -> list[str]:
@@ -97,11 +97,15 @@ def recorded_versions(folder: Path) -> list[str]:
     return sorted(names, key=Version)
 
 
+def _said(finding: Finding) -> dict:
+    return {key: value for key, value in asdict(finding).items() if value}
+
+
 def write(found: Sequence[Finding], folder: Path) -> Path:
     """Puts the findings of a whole run in the place of the last one's for this version of transformers."""
     path = results_file(folder, versions()["transformers"])
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [{"bench": "coverage", **origin("cpu")}, *(asdict(replace(one, error=None)) for one in found)]
+    lines = [{"bench": "coverage", **origin("cpu")}, *(_said(replace(one, error=None)) for one in found)]
     path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
     return path
 
@@ -161,8 +165,7 @@ def main(
         write(in_order, folder)
     counts = Counter(finding.verdict for finding in in_order)
     ordered = {verdict: counts[verdict] for verdict in VERDICTS if counts[verdict]}
-    rows = [{key: value for key, value in asdict(one).items() if value} for one in in_order]
-    summary = {"counts": ordered, "passed": not short, "shortfalls": short, "types": rows}
+    summary = {"counts": ordered, "passed": not short, "shortfalls": short, "types": [_said(one) for one in in_order]}
     final_line({"bench": "coverage", **versions(), **summary})
     if short:
         raise typer.Exit(1)

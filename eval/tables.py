@@ -309,7 +309,9 @@ def _reason(finding: Finding) -> str:
     """Why a type does not work, without what is its own."""
     if finding.verdict == REFUSES:
         return finding.reason.partition(" ")[2].partition(":")[0]
-    return "" if finding.verdict in GOOD else finding.reason.partition(" (")[0].partition(": ")[2] or finding.reason
+    if finding.verdict in GOOD:
+        return ""
+    return finding.reason.partition(" (")[0].partition(". ")[0].partition(": ")[2].rstrip(":")
 
 
 def coverage(folder: Path) -> str:
