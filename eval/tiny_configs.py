@@ -8,7 +8,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrained
 
 VOCAB_SIZE = 128
 FIRST_TOKEN, LAST_TOKEN = 8, 90  # ordinary tokens of prompts; special ones lie above
-WINDOW = 8
+WINDOW = 7
 MAX_LAYERS = 6
 
 _LAYERS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "decoder_layers"}
@@ -34,6 +34,7 @@ _SIZES = {
     2: "num_experts_per_tok num_experts_per_token moe_k moe_topk moe_top_k n_shared_experts num_shared_experts "
     "index_topk_blocks",
     1: "n_group topk_group num_expert_group first_k_dense_replace num_dense_layers o_groups",
+    8: "query_pre_attn_scalar",  # a scale other than head_dim ** -0.5
     WINDOW: "sliding_window sliding_window_size attention_window_size local_attention keep_window_size "
     "window_size attention_chunk_size index_topk index_block_size",
     512: "max_position_embeddings n_positions n_ctx max_seq_len max_target_positions model_max_length",
@@ -62,6 +63,9 @@ _BOTH = ["full_attention", "sliding_attention"]
 _AXIAL = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]}
 _QSA = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8}
 _QSA |= {"indexer_compress_ratio": 4}
+_DRAFTER = {"model_type": "gemma4_text", "vocab_size": VOCAB_SIZE, "hidden_size": 64, "intermediate_size": 64}
+_DRAFTER |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+_DRAFTER |= {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
 _OVERRIDES: dict[str, dict] = {
     "bamba": _MAMBA | {"attn_layer_indices": [1]},
     "cohere_compass_text": {"rope_parameters": {kind: _AXIAL for kind in _BOTH}, "layer_types": _BOTH},
@@ -73,6 +77,8 @@ _OVERRIDES: dict[str, dict] = {
     "falcon_h1": _MAMBA | {"mamba_d_ssm": 128},
     "gemma3n_text": {"layer_types": _MAYBE_SHARED, "num_kv_shared_layers": 2, "intermediate_size": [64] * 6}
     | {"activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0, 0.0, 0.0], "num_hidden_layers": 6},
+    "gemma4_assistant": {"text_config": _DRAFTER, "backbone_hidden_size": 64},
+    "gemma4_unified_assistant": {"text_config": _DRAFTER, "backbone_hidden_size": 64},
     "gemma4_text": _WIDE_GLOBALS | {"num_kv_shared_layers": 2},
     "gemma4_unified_text": _WIDE_GLOBALS,
     "granitemoehybrid": _HYBRID | _MAMBA,
@@ -128,6 +134,8 @@ def _tiny_value(name: str, value, config: PreTrainedConfig, kept: list[int]):
         return _tiny_list(name, list(value), config, kept)
     if value is None and name in _ASKED_FOR:
         return _ASKED_FOR[name]
+    if name == "attn_logit_softcapping" and value is not None:
+        return 2.0  # the scores of a tiny model never come near the usual 50
     if isinstance(value, bool) or not isinstance(value, int):
         return value
     if name in _LAYERS:

@@ -44,5 +44,4 @@ MASK_READERS = Patch(
     wrapper=_check_and_adjust,
     reason="models that work on their mask are given a matrix",
     checked=("5.17.0", "5.23.0", "5.24.0"),
-    after_undo=MATRIX_CONFIGS.clear,
 )

@@ -199,5 +199,5 @@ def test_windows_that_only_the_cache_knows():
     inputs = finding.prompts(eager, [20, 5])
     reference, ours = finding.run(eager, inputs), finding.run(model, inputs)
     assert finding.difference(ours, reference) < finding.TOLERANCE
-    with pytest.raises(UnsupportedFeatureError, match="window of 8 tokens which only its cache knows of"):
+    with pytest.raises(UnsupportedFeatureError, match="window of 7 tokens which only its cache knows of"):
         finding.run(model, inputs, prefill_chunk_size=4)
