@@ -1,4 +1,5 @@
-# make demo | test | lint | bench | coverage: each sets up its own environment first, and again only after a change to its pins.
+# make demo | test | lint | bench | coverage: each sets up its own environment first, and again only after a change to
+# its pins.
 # PYTHON=… chooses the interpreter that the environment is made with.
 
 SHELL := /bin/bash

@@ -1,6 +1,6 @@
 """Which causal language models of the installed transformers generate under "paged_flash" what they do under eager.
 
-    hf-paged-flash coverage                          # every type: some two minutes on one core
+    hf-paged-flash coverage                          # every type: two to four minutes on one core
     hf-paged-flash coverage --types llama,bloom      # some of them
     hf-paged-flash coverage --record                 # write eval/results/coverage-<version of transformers>.jsonl
 

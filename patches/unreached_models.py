@@ -38,9 +38,8 @@ def _unknown_argument(model_class: type) -> str | None:
     eager = getattr(sys.modules.get(model_class.__module__), "eager_attention_forward", None)
     if not inspect.isfunction(eager):
         return None
-    named = [
-        name for name, taken in inspect.signature(eager).parameters.items() if taken.kind is not taken.VAR_KEYWORD
-    ]
+    taken = inspect.signature(eager).parameters.values()
+    named = [parameter.name for parameter in taken if parameter.kind is not parameter.VAR_KEYWORD]
     known = inspect.signature(paged_flash_attention_forward).parameters
     return next((name for name in named[4:] if name not in known), None)  # after the module and the tensors
 
@@ -48,10 +47,8 @@ def _unknown_argument(model_class: type) -> str | None:
 def _refusal(model_class: type) -> str | None:
     """Why `model_class` can't run paged_flash; None where it can."""
     if _has_attention_of_its_own(model_class):
-        reason = (
-            "has attention code of its own, which transformers' AttentionInterface does not reach: paged_flash can't"
-        )
-        reason += " run there"
+        reason = "has attention code of its own, which transformers' AttentionInterface does not reach: paged_flash "
+        reason += "can't run there"
     elif (name := _unknown_argument(model_class)) is not None:
         reason = f"gives its attention `{name}`, which paged_flash does not know"
     else:
@@ -76,5 +73,5 @@ UNREACHED_MODELS = Patch(
     parameters=("self", "attn_implementation", "is_init_check", "allow_all_kernels"),
     wrapper=_check_and_adjust,
     reason="models that the attention interface does not reach say so when they are loaded",
-    checked=("5.17.0", "5.23.0"),
+    checked=("5.17.0", "5.23.0", "5.24.0"),
 )
