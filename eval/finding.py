@@ -123,14 +123,6 @@ def difference(ours: Run, theirs: Run) -> float:
     return float(apart / theirs.logits[finite].abs().max())
 
 
-def row_by_row(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> Run:
-    """Each row by itself, without its padding."""
-    runs = []
-    for tokens, mask in zip(inputs["input_ids"], inputs["attention_mask"].bool(), strict=True):
-        runs.append(run(model, {"input_ids": tokens[mask][None], "attention_mask": mask[mask][None].long()}))
-    return Run(torch.cat([r.tokens for r in runs]), torch.cat([r.logits for r in runs], 1), runs[0].cache)
-
-
 def looks_back(model: PreTrainedModel, inputs: dict[str, torch.Tensor], reference: Run) -> bool:
     """Whether other tokens before the last one change the logits by far more than what is tolerated."""
     other = prompts(model, inputs["attention_mask"].sum(1).tolist(), seed=1)
@@ -147,21 +139,16 @@ def examine(model_type: str) -> Finding:
         return Finding(model_type, NOT_TRIED, reason=reason_of(error))
     except Exception as error:
         return Finding(model_type, BROKEN, reason=place(error))
-    note = ""
     try:
         references = [(inputs := prompts(eager, lengths), run(eager, inputs)) for lengths in (LENGTHS, LENGTHS[:1])]
-    except Exception as padded:
-        note = f"eager fails with padding: {reason_of(padded)}"
-        try:
-            references = [(inputs := prompts(eager, LENGTHS[:1] * len(LENGTHS)), run(eager, inputs))]
-        except Exception as error:
-            return Finding(model_type, BROKEN, reason=place(error))
+    except Exception as error:
+        return Finding(model_type, BROKEN, reason=place(error))
     if not _is_musicgen(eager) and not looks_back(eager, *references[0]):
         return Finding(model_type, FAILS, reason="the tiny model hardly looks at its prompt: nothing is shown")
     found, model = _load(model_type)
     if model is None:
         return found
-    found = _compared(replace(found, reason=note), eager, model, references)
+    found = _compared(found, model, references)
     if found.verdict not in GOOD:
         return found
     return replace(found, beams=_beams(eager, model, references[0][0]))
@@ -184,7 +171,7 @@ def _load(model_type: str) -> tuple[Finding, PreTrainedModel | None]:
         return Finding(model_type, FAILS, reason=place(error)), None
 
 
-def _compared(found: Finding, eager, model, references: list[tuple[dict, Run]]) -> Finding:
+def _compared(found: Finding, model, references: list[tuple[dict, Run]]) -> Finding:
     hf_paged_flash.reset_counters()
     try:
         runs = [run(model, inputs) for inputs, _ in references]
@@ -193,13 +180,7 @@ def _compared(found: Finding, eager, model, references: list[tuple[dict, Run]]) 
     except Exception as error:
         return replace(found, verdict=FAILS, reason=place(error))
     counters = hf_paged_flash.counters()
-    errors = []
-    for ours, (inputs, reference) in zip(runs, references, strict=True):
-        errors.append(difference(ours, reference))
-        if not errors[-1] <= TOLERANCE and not bool(inputs["attention_mask"].all()):
-            alone = difference(ours, row_by_row(eager, inputs))
-            if alone <= TOLERANCE:
-                errors[-1], found = alone, replace(found, reason="eager's rows change with their padding, ours do not")
+    errors = [difference(ours, reference) for ours, (_, reference) in zip(runs, references, strict=True)]
     cache, dense = runs[0].cache, tuple(sorted(counters.dense_gather))
     found = replace(found, cache=cache, error=max(errors), dense=dense)
     if not max(errors) <= TOLERANCE:

@@ -66,6 +66,7 @@ _QSA |= {"indexer_compress_ratio": 4}
 _DRAFTER = {"model_type": "gemma4_text", "vocab_size": VOCAB_SIZE, "hidden_size": 64, "intermediate_size": 64}
 _DRAFTER |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 _DRAFTER |= {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+_NO_DEFAULTS = {"gemma4_assistant"}  # whose default configuration is none that is allowed
 _OVERRIDES: dict[str, dict] = {
     "bamba": _MAMBA | {"attn_layer_indices": [1]},
     "cohere_compass_text": {"rope_parameters": {kind: _AXIAL for kind in _BOTH}, "layer_types": _BOTH},
@@ -107,7 +108,8 @@ def model_class_of(model_type: str) -> type[PreTrainedModel]:
 def tiny_config(model_type: str) -> PreTrainedConfig:
     """The configuration of a tiny causal language model of `model_type`, fit for greedy generation without an end."""
     config_class = model_class_of(model_type).config_class  # of a composite model perhaps its text part's
-    return config_class(**_tiny_arguments(config_class()))
+    given = _OVERRIDES[config_class.model_type] if config_class.model_type in _NO_DEFAULTS else {}
+    return config_class(**_tiny_arguments(config_class(**given)))
 
 
 def _tiny_arguments(config: PreTrainedConfig) -> dict:
