@@ -845,6 +845,13 @@ class TestConfigurations:
             cache.layers[0].crop(-1)
 
 
+@pytest.mark.parametrize("max_memory", [None, "1MiB"])
+def test_sizes_that_differ_by_layer(max_memory):
+    """Gemma 4's configuration raises where it is asked for the one head_dim of all layers."""
+    config = AutoConfig.for_model("gemma4_text")
+    assert len(PagedCache(config, max_memory=max_memory).layers) == config.num_hidden_layers
+
+
 class TestLayersThatModelsCopy:
     """Models that run layers in loops (Dory) append copies of them to the cache before its first forward."""
 
