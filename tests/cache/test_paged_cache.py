@@ -1,5 +1,6 @@
 """PagedCache as a user meets it: what it stores, what it reports, where it ends, and how it recovers."""
 
+import copy
 import gc
 import pickle
 import sys
