@@ -28,6 +28,7 @@ def _prepare_cache(original, self, generation_config, model_kwargs, *args, **kwa
         and config._attn_implementation == "paged_flash"
     ):
         from hf_paged_flash.cache import PagedCache
+        from hf_paged_flash.cache.paged_layer import PagedLayer
 
         if getattr(self, "_compiled_call_impl", None) or hasattr(self.forward, "_torchdynamo_orig_callable"):
             logger.warning_once(
@@ -35,12 +36,15 @@ def _prepare_cache(original, self, generation_config, model_kwargs, *args, **kwa
             )
             return result
         try:
-            model_kwargs[name] = PagedCache(config)
+            cache = PagedCache(config)
         except UnsupportedFeatureError as error:
             logger.warning_once(f"generate() keeps DynamicCache for this model: {error}")
             return result
+        if not any(isinstance(layer, PagedLayer) for layer in cache.layers):
+            return result  # there is nothing to page (Mamba)
+        model_kwargs[name] = cache
         if generation_config.is_assistant:  # as transformers has told the cache it built: tokens will be taken back
-            model_kwargs[name].activate_past_recording()
+            cache.activate_past_recording()
     return result
 
 

@@ -201,3 +201,10 @@ def test_windows_that_only_the_cache_knows():
     assert finding.difference(ours, reference) < finding.TOLERANCE
     with pytest.raises(UnsupportedFeatureError, match="window of 7 tokens which only its cache knows of"):
         finding.run(model, inputs, prefill_chunk_size=4)
+
+
+@pytest.mark.parametrize(("model_type", "cache"), [("recurrent_gemma", "PagedCache"), ("mamba", "DynamicCache")])
+def test_beams_of_models_with_other_states(model_type, cache):
+    """RecurrentGemma keeps states outside of its cache, and Mamba has no keys: their prompts are not computed once."""
+    found = finding.examine(model_type)
+    assert (found.beams, found.cache) == (finding.WORKS, cache)
