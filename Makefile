@@ -1,4 +1,5 @@
-# make demo | test | lint | bench: each sets up its own environment first, and again only after a change to its pins.
+# make demo | test | lint | bench | coverage: each sets up its own environment first, and again only after a change to
+# its pins.
 # PYTHON=… chooses the interpreter that the environment is made with.
 
 SHELL := /bin/bash
@@ -13,7 +14,7 @@ PYTEST_ARGS ?=
 python := $(VENV)/bin/python
 pytest := OMP_NUM_THREADS=1 $(python) -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test lint bench environment
+.PHONY: demo test lint bench coverage environment
 .DELETE_ON_ERROR:
 
 demo: environment
@@ -29,6 +30,9 @@ bench: environment
 	for bench in flash_attention paged_decode training attention_memory; do \
 		$(python) -m hf_paged_flash.eval.bench.$$bench; \
 	done
+
+coverage: environment
+	OMP_NUM_THREADS=1 $(python) -m hf_paged_flash.eval.coverage
 
 environment: $(VENV)/.installed
 

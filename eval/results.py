@@ -124,6 +124,17 @@ def command_line() -> str:
     return shlex.join([Path(sys.argv[0]).name, *kept])
 
 
+def origin(device: str) -> dict[str, str | None]:
+    """Where a result comes from: the GPU or "cpu", versions, commit, command and time."""
+    return {
+        "gpu": device_name(device),
+        **versions(),
+        "commit": commit(),
+        "command": command_line(),
+        "date": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
+    }
+
+
 @dataclass
 class Recorder:
     """Collects the rows of one run of one benchmark and appends them to `<folder>/<bench>.jsonl`.
@@ -153,11 +164,7 @@ class Recorder:
                 "metric": metric,
                 "value": value,
                 "unit": UNITS[metric],
-                "gpu": device_name(self.device),
-                **versions(),
-                "commit": commit(),
-                "command": command_line(),
-                "date": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
+                **origin(self.device),
             }
         )
 

@@ -6,12 +6,15 @@ python -m hf_paged_flash.eval.tables --write    # put them between README's `<!-
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from hf_paged_flash.eval.coverage import recorded, recorded_versions, results_file
+from hf_paged_flash.eval.finding import GOOD, REFUSES, VERDICTS, WORKS, Finding
 from hf_paged_flash.eval.report import launch
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -302,11 +305,51 @@ def memory_measured(folder: Path) -> str:
     return f"{markdown([*heading, 'DynamicCache', 'StaticCache', 'PagedCache'], table)}\n\n{source(rows)}"
 
 
+def _reason(finding: Finding) -> str:
+    """Why a type does not work, without what is its own."""
+    if finding.verdict == REFUSES:
+        return finding.reason.partition(" ")[2].partition(":")[0]
+    if finding.verdict in GOOD:
+        return ""
+    return finding.reason.partition(" (")[0].partition(". ")[0].partition(": ")[2].rstrip(":")
+
+
+def coverage(folder: Path) -> str:
+    """What causal-LM types do, counted by version of transformers, and which ones do not simply work."""
+    tables = {version: recorded(results_file(folder, version)) for version in recorded_versions(folder)}
+    if not tables:
+        raise NoRows("coverage")
+    counts = [Counter(finding.verdict for finding in found.values()) for _, found in tables.values()]
+    rows = [
+        [verdict, *(f"{count[verdict]}" for count in counts)]
+        for verdict in VERDICTS
+        if any(c[verdict] for c in counts)
+    ]
+    rows.append(["types in all", *(f"{count.total()}" for count in counts)])
+    groups: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for version, (_, found) in tables.items():
+        for finding in found.values():
+            if finding.verdict != WORKS:
+                groups.setdefault((finding.verdict, _reason(finding)), {}).setdefault(finding.model_type, []).append(
+                    version
+                )
+    lines = []
+    for verdict, reason in sorted(groups, key=lambda group: VERDICTS.index(group[0])):
+        types = [
+            name if len(versions) == len(tables) else f"{name} ({', '.join(versions)})"
+            for name, versions in sorted(groups[verdict, reason].items())
+        ]
+        lines.append(f"- {verdict}{reason and f' ({reason})'}: {', '.join(types)}")
+    origins = [{"run": version, **first} for version, (first, _) in tables.items()]
+    heading = ["generate() of the model", *(f"transformers {version}" for version in tables)]
+    return f"{markdown(heading, rows)}\n\n{chr(10).join(lines)}\n\n{source(origins)}"
+
+
 TABLES = {
     made.__name__: made
     for made in (
         flash_attention, flash_attention_backward, packed_rows, paged_decode, training, attention_memory, memory,
-        memory_measured, perplexity,
+        memory_measured, perplexity, coverage,
     )
 }  # fmt: skip
 

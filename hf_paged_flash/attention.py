@@ -12,14 +12,11 @@ from .backend import use_kernels
 from .cache import PagedTensor
 from .errors import PagedFlashError, UnsupportedFeatureError
 from .masks import are_chunks, is_causal_by_itself, masks_nothing, window_of
+from .matrices import select_keys, sink_column
 from .ops.validation import MAX_BACKWARD_HEAD_DIM, NO_WIDE_BACKWARD, check_dropout
 
 # Arguments that change what attention computes and that no path here applies: {name: what it is}
-_REFUSED_ARGUMENTS = {
-    "head_mask": "a head mask",
-    "indices": "a sparse selection of keys",
-    "block_indices": "a sparse selection of key blocks",
-}
+_REFUSED_ARGUMENTS = {"head_mask": "a head mask"}
 
 
 def _leaves_the_cache(attend: Callable) -> Callable:
@@ -53,6 +50,9 @@ def paged_flash_attention_forward(
     is_causal: bool | None = None,
     s_aux: torch.Tensor | None = None,
     position_bias: torch.Tensor | None = None,
+    indices: torch.Tensor | None = None,
+    block_indices: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     cu_seq_lens_k: torch.Tensor | None = None,
     max_length_q: int | None = None,
@@ -75,6 +75,9 @@ def paged_flash_attention_forward(
         is_causal: None = the module's own `is_causal`.
         s_aux: (Hq,), attention sinks.
         position_bias: (B | 1, Hq | 1, Sq | 1, Sk), added to the scores; differentiable.
+        indices, block_indices: (B, Sq, n) and (B, groups, Sq, n), the keys or blocks of keys that a query may see of
+            those that a 4-D `attention_mask` shows it, see `matrices.select_keys`.
+        sinks: (B | 1, Hq | 1, Sq, 1), a sink for each query, see `matrices.sink_column`.
         cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: packed rows in a batch of 1.
         deterministic: gradients that are the same in every run, as in `flash_attn_func`; None = whether the
             environment has FLASH_ATTENTION_DETERMINISTIC=1, as transformers asks. True wherever
@@ -92,12 +95,15 @@ def paged_flash_attention_forward(
     _refuse(module, query, value, attention_mask, kwargs)
     if cu_seq_lens_q is not None:
         _refuse_beside_offsets(key, attention_mask, position_bias)
+    attention_mask = select_keys(module, attention_mask, key.shape[2], query.shape[1], indices, block_indices)
     # a matrix says all: no causal mask or window comes on top
     is_matrix = attention_mask is not None and attention_mask.dim() == 4
     causal = bool(is_causal if is_causal is not None else getattr(module, "is_causal", True))
     causal = not is_matrix and (causal or is_causal_by_itself(attention_mask))
     window = -1 if sliding_window is None else sliding_window - 1
     window_left, window_right = (-1, -1) if is_matrix else window_of(attention_mask) or (window, window)
+    if isinstance(key, PagedTensor) and window_left < 0 and not is_matrix:
+        window_left = _window_of_cache(key, query.shape[2])
     dropout = float(dropout) if module.training else 0.0
     check_dropout("dropout", dropout)
     scoring = rows.Scoring(
@@ -116,10 +122,14 @@ def paged_flash_attention_forward(
     told = masks_nothing(attention_mask) or (is_padding and isinstance(key, PagedTensor) and key.step.knows_mask)
     if isinstance(key, PagedTensor) and key.layer.groups.is_cross:
         told = _is_told_of_encoder(key, attention_mask, is_padding)
-    if _are_paged(key, value) and told and position_bias is None:
+    if _are_paged(key, value) and told and position_bias is None and sinks is None:
         # a cache may store, and attend, in another dtype
         return rows.paged(query, key, value, scoring).to(dtype), None
     key, value = (_dense_keys(x, query.shape[2]).to(dtype) for x in (key, value))
+    if sinks is not None:
+        key, value, attention_mask, position_bias = sink_column(
+            module, key, value, attention_mask, position_bias, sinks.to(dtype)
+        )
     if cu_seq_lens_q is not None:
         offsets = cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k
         return rows.packed(query, key, value, *offsets, scoring), None
@@ -154,6 +164,23 @@ def _dense_keys(x: torch.Tensor, q_length: int) -> torch.Tensor:
     if not isinstance(x, PagedTensor):
         return x
     return x.fresh if x.fresh is not None and q_length == x.step.end else x.dense("attention")
+
+
+def _window_of_cache(key: PagedTensor, q_length: int) -> int:
+    """Keys to the left of a query's own that DynamicCache keeps, where neither layer nor mask tells a window (Moshi).
+
+    A first forward sees all of its tokens there. -1 for no window.
+    """
+    window = key.layer.group.window
+    if window is None or q_length == key.step.end:
+        return -1
+    if q_length > 1:
+        raise UnsupportedFeatureError(
+            f"layer {key.layer.layer_idx} has a window of {window} tokens which only its cache knows of, so that "
+            f"{q_length} new tokens after cached ones have none of their own: continue by one token at a time, or use "
+            "`past_key_values=DynamicCache(config=model.config)`"
+        )
+    return window - 1
 
 
 def _refuse(module: nn.Module, query, value, attention_mask: torch.Tensor | None, kwargs: dict) -> None:

@@ -42,6 +42,12 @@ def memory(context: typer.Context) -> None:
     _hand_over(context, "hf_paged_flash.eval.memory")
 
 
+@app.command(context_settings=PASSED_ON)
+def coverage(context: typer.Context) -> None:
+    """Try every causal language model of the installed transformers, tiny and random, against eager."""
+    _hand_over(context, "hf_paged_flash.eval.coverage")
+
+
 @bench.command("flash-attention", context_settings=PASSED_ON)
 def bench_flash_attention(context: typer.Context) -> None:
     """Attention forward and backward against SDPA (FlashAttention-2, cuDNN) and FlexAttention."""

@@ -14,6 +14,7 @@ Causality is noted likewise where layers deny it that a mask makes causal (PaliG
 
 What none of these can carry (image blocks in a text, chunks over cached keys, mask functions of the user's) becomes a
 matrix, bool (B, 1, q_length, kv_length), built by transformers' own mask functions: such models pay for it everywhere.
+Models that work on their mask themselves (`MATRIX_CONFIGS`) get eager's matrix, which is added to the scores.
 """
 
 from collections.abc import Callable
@@ -29,6 +30,10 @@ from .ops import library
 _aten = torch.ops.aten
 _COPIES = {_aten._to_copy.default, _aten.detach.default, _aten.alias.default, _aten.clone.default}
 _NOTES = ("_paged_flash_window", "_paged_flash_is_causal", "_paged_flash_masks_nothing", "_paged_flash_are_chunks")
+
+
+# configurations of models that work on their mask themselves, see `hf_paged_flash.patches.mask_readers`
+MATRIX_CONFIGS: set[type] = set()
 
 
 @dataclass
@@ -161,7 +166,7 @@ def paged_flash_mask(
 
     Returns:
         None, bool (B, <= kv_length) or int32 (B, kv_length), perhaps with a window, or bool (B, 1, q_length,
-        kv_length); see the module's docstring.
+        kv_length), or float for models that work on it; see the module's docstring.
     """
     sizes = batch_size, q_length, kv_length, q_offset, kv_offset
     pattern = _pattern(mask_function)
@@ -176,9 +181,11 @@ def paged_flash_mask(
         is_paged = announce_cross_mask(attention_mask, kv_length)
     if pattern.window is not None and not is_paged:
         pattern.needs_matrix |= not _fits_window(pattern.window, attention_mask, sizes)
-    if pattern.needs_matrix:
+    is_read = type(kwargs.get("config")) in MATRIX_CONFIGS
+    if pattern.needs_matrix or is_read:
         kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-        return masking_utils.sdpa_mask(*sizes, mask_function, attention_mask, **kwargs)
+        make_matrix = masking_utils.eager_mask if is_read else masking_utils.sdpa_mask
+        return make_matrix(*sizes, mask_function=mask_function, attention_mask=attention_mask, **kwargs)
     if pattern.segments is not None:
         mask = pattern.segments.to(torch.int32, copy=True)
         if pattern.chunks is not None:

@@ -8,7 +8,7 @@ from packaging.version import Version
 from .errors import IncompatibleTransformersError
 
 OLDEST_TRANSFORMERS = Version("5.17.0")
-NEWEST_TRANSFORMERS = Version("5.23.0")  # the newest that the tests have seen
+NEWEST_TRANSFORMERS = Version("5.24.0")  # the newest that the tests have seen
 
 
 def check_transformers() -> None:

@@ -36,7 +36,9 @@ def _prepare_cache(original, self, generation_config, model_kwargs, generation_m
         except UnsupportedFeatureError as error:
             logger.warning_once(f"generate() keeps DynamicCache for this model: {error}")
             return result
-        if generation_config.is_assistant:  # what it drafts is taken back
+        if cache is None:
+            return result
+        if generation_config.is_assistant:  # as transformers has told the cache it built: tokens will be taken back
             cache.activate_past_recording()
         model_kwargs[name] = cache
     return result
@@ -50,11 +52,12 @@ def _is_default(cache) -> bool:
 
 
 def _paged(model, config, built, generation_config, batch_size: int):
-    """The paged counterpart of what transformers `built`."""
-    from hf_paged_flash.cache import PagedCache, paged_encoder_decoder_cache
+    """The paged counterpart of what transformers `built`; None where there is nothing to page (Mamba)."""
+    from hf_paged_flash.cache import PagedCache, PagedLayer, paged_encoder_decoder_cache
 
     if not isinstance(built, EncoderDecoderCache):
-        return PagedCache(config)
+        cache = PagedCache(config)
+        return cache if any(isinstance(layer, PagedLayer) for layer in cache.layers) else None
     if "_prepare_cache_for_generation" in _own_methods(type(model)):
         # such a model goes on to build a cross-attention cache of its own
         return EncoderDecoderCache(PagedCache(config), built.cross_attention_cache)
@@ -74,5 +77,5 @@ DEFAULT_CACHE = Patch(
     parameters=("self", "generation_config", "model_kwargs", "generation_mode", "batch_size", "max_cache_length"),
     wrapper=_prepare_cache,
     reason="generate() runs on a PagedCache without another argument",
-    checked=("5.17.0", "5.23.0"),
+    checked=("5.17.0", "5.23.0", "5.24.0"),
 )

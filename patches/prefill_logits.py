@@ -9,13 +9,13 @@ import torch
 from transformers.generation.utils import GenerationMixin
 
 from hf_paged_flash.errors import ArgumentError, UnsupportedFeatureError
-from hf_paged_flash.patches.base import Patch
+from hf_paged_flash.patches.base import Patch, cache_name
 
 
 def _prefill(original, self, input_ids, generation_config, model_kwargs, *args, **kwargs):
     from hf_paged_flash.cache import PagedCache
 
-    cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+    cache, mask = model_kwargs.get(cache_name(model_kwargs)), model_kwargs.get("attention_mask")
     if not isinstance(cache, PagedCache) or mask is None or mask.dim() != 2 or bool(mask[:, -1].all()):
         return original(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
     if generation_config.prefill_chunk_size is not None:
@@ -55,5 +55,5 @@ PREFILL_LOGITS = Patch(
     parameters=("self", "input_ids", "generation_config", "model_kwargs", "is_first_iteration"),
     wrapper=_prefill,
     reason="a right-padded row gives what it gives unpadded",
-    checked=("5.17.0", "5.23.0"),
+    checked=("5.17.0", "5.23.0", "5.24.0"),
 )

@@ -5,8 +5,9 @@ never learns that they are equal. Here the prefill runs on the rows as they were
 tables and we the logits. No public hook lies between.
 
 Transformers' own way is kept where ours might not be sound: where a model repeats its inputs, runs its prefill or goes
-on from it by code of its own, for encoder-decoder models, where an input was changed or added after it was repeated,
-and on a cache that holds the repeated rows already. Assisted generation never repeats rows.
+on from it by code of its own, or keeps states outside of its cache (RecurrentGemma), for encoder-decoder models, where
+an input was changed or added after it was repeated, and on a cache that holds the repeated rows already. Assisted
+generation never repeats rows.
 """
 
 import copy
@@ -66,6 +67,7 @@ def _computes_once(model, cache, unexpanded: _Unexpanded | None, model_kwargs: d
         and isinstance(cache, PagedCache)
         and not model.config.is_encoder_decoder
         and all(getattr(type(model), name) is getattr(GenerationMixin, name) for name in _METHODS)
+        and not any(hasattr(module, "_setup_cache") for module in model.modules())
         and (not cache.get_seq_length() or cache.batch_size == len(unexpanded.input_ids))
         and unexpanded.is_all_of(model_kwargs)
     )

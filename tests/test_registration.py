@@ -117,7 +117,7 @@ class TestTheName:
             ("falcon", {"num_hidden_layers": 1, "num_attention_heads": 4}),
             ("gpt_neo", {"num_layers": 1, "attention_types": [[["global"], 1]], "num_heads": 4}),
             ("bloom", {"n_layer": 1, "n_head": 4}),
-            ("gptj", {"n_layer": 1, "n_head": 4, "rotary_dim": 8, "n_embd": 64}),
+            ("mpt", {"n_layers": 1, "n_heads": 4}),
         ],
     )
     def test_models_out_of_reach_say_so_when_loaded(self, model_type, arguments):
@@ -129,6 +129,25 @@ class TestTheName:
         before = in_force(model)
         model.set_attn_implementation("paged_flash")  # transformers warns, and changes nothing
         assert in_force(model) == before
+
+    @pytest.mark.parametrize("way", ["load", "set"])
+    def test_prefixes_are_no_reason_to_refuse(self, way):
+        """HRM raises for every name with "flash" in it, as flash-attn has no masks for its prefixes."""
+        sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+        config = AutoConfig.for_model("hrm_text", **sizes, num_attention_heads=4, head_dim=16, prefix_lm=True)
+        if way == "load":
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="paged_flash")
+        else:
+            model = AutoModelForCausalLM.from_config(config)
+            model.set_attn_implementation("paged_flash")
+        assert set(in_force(model)) == {"paged_flash"}
+        eager = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        eager.load_state_dict(model.state_dict())
+        input_ids = ragged_batch([9])[0]
+        prefix = (torch.arange(9) < 4).long()[None]
+        ours, theirs = (one(input_ids, token_type_ids=prefix).logits for one in (model.eval(), eager))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+        assert (ours - eager(input_ids).logits).abs().max() > 1e-3  # the prefix sees itself whole
 
     def test_a_composite_model_takes_it_for_the_parts_that_can(self):
         def load(implementation):
@@ -174,9 +193,10 @@ import transformers
 from transformers import AttentionInterface, AttentionMaskInterface, EncoderDecoderCache, GenerationMixin
 from transformers import PreTrainedModel, masking_utils, modeling_flash_attention_utils as flash_utils
 from transformers.generation.continuous_batching.continuous_api import ContinuousMixin
+from transformers.models.hrm_text import configuration_hrm_text, modeling_hrm_text
 from transformers.models.pixtral import modeling_pixtral
 owners = [flash_utils, GenerationMixin, PreTrainedModel, ContinuousMixin, masking_utils, modeling_pixtral]
-owners.append(EncoderDecoderCache)
+owners += [EncoderDecoderCache, configuration_hrm_text, modeling_hrm_text]
 def state():
     return [dict(vars(owner)) for owner in owners] + [
         dict(AttentionInterface._global_mapping), dict(AttentionMaskInterface._global_mapping)

@@ -76,9 +76,7 @@ def error_ratios(case: Case, inputs: tuple[torch.Tensor, ...], results: dict) ->
             gradients = {impl: tuple(rows(x, place) for x in result) for impl, result in results.items()}
             found = gradient_error_ratios(gradients, q, k, v, dout, causal=case.causal)
         else:
-            found = {
-                impl: error_ratio(rows(out, place), q, k, v, causal=case.causal) for impl, out in results.items()
-            }
+            found = {impl: error_ratio(rows(out, place), q, k, v, causal=case.causal) for impl, out in results.items()}
         # a NaN stays: max() keeps its first argument where a comparison fails
         ratios = {impl: max(found[impl], ratio) if ratio == ratio else ratio for impl, ratio in ratios.items()}
     return ratios

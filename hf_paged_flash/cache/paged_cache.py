@@ -55,14 +55,14 @@ def _check_cap(
     max_memory: int | None, config: PreTrainedConfig, layers: int, block_size: int, dtype: torch.dtype | None
 ) -> None:
     """Refuses a cap below one block of `layers` layers; where `config` tells too little, the first forward does."""
-    if max_memory is None or getattr(config, "is_heterogeneous", False):
-        return
+    if max_memory is None or hasattr(config, "kv_lora_rank") or getattr(config, "is_heterogeneous", False):
+        return  # to ask for a size that differs by layer (Gemma 4) is an error
     heads, head_dim = getattr(config, "num_key_value_heads", None), getattr(config, "head_dim", None)
     if head_dim is None and hasattr(config, "hidden_size") and hasattr(config, "num_attention_heads"):
         head_dim = config.hidden_size // config.num_attention_heads
     dtype = dtype or config.dtype
     told = type(heads) is int and type(head_dim) is int and isinstance(dtype, torch.dtype)
-    if not told or hasattr(config, "kv_lora_rank"):
+    if not told:
         return
     block = layers * block_size * heads * 2 * head_dim * dtype.itemsize
     if max_memory < block:

@@ -50,6 +50,15 @@ class PagedLayer(CacheLayerMixin):
         self.is_initialized = False
         self.had_grad = False  # something was stored whose gradient was asked for
 
+    def __deepcopy__(self, memo: dict) -> "PagedLayer":
+        """One more layer of the group, empty: models that run layers in loops (Dory) make theirs so."""
+        if self.is_initialized:
+            raise UnsupportedFeatureError("one layer can't be copied, its blocks are shared: work on the PagedCache")
+        layer = copy(self)
+        layer.layer_idx = 1000 + self.group.pools.num_layers  # beyond those of the model's own layers
+        self.group.pools.num_layers += 1
+        return layer
+
     @property
     def columns(self) -> int:
         """Columns stored by this layer: fewer than the group's where a forward has not come so far."""

@@ -1,5 +1,6 @@
 """PagedCache as a user meets it: what it stores, what it reports, where it ends, and how it recovers."""
 
+import copy
 import gc
 import pickle
 import sys
@@ -843,3 +844,32 @@ class TestConfigurations:
             cache.layers[0].offload()
         with pytest.raises(UnsupportedFeatureError, match=r"call `PagedCache.crop`"):
             cache.layers[0].crop(-1)
+
+
+@pytest.mark.parametrize("max_memory", [None, "1MiB"])
+def test_sizes_that_differ_by_layer(max_memory):
+    """Gemma 4's configuration raises where it is asked for the one head_dim of all layers."""
+    config = AutoConfig.for_model("gemma4_text")
+    assert len(PagedCache(config, max_memory=max_memory).layers) == config.num_hidden_layers
+
+
+class TestLayersThatModelsCopy:
+    """Models that run layers in loops (Dory) append copies of them to the cache before its first forward."""
+
+    def test_a_copy_is_one_more_layer_of_the_group(self, model):
+        cache = PagedCache(model.config)
+        cache.layers.append(copy.deepcopy(cache.layers[0]))
+        first, second = (torch.randn(2, 2, 5, 16) for _ in range(2))
+        for layer in cache.layers[:3]:
+            layer.update(first, -first)
+        cache.layers[3].update(second, -second)
+        cache.reorder_cache(torch.tensor([1, 1]))
+        assert cache.memory().tokens == 5 and cache.memory().bytes_stored == 5 * ROW_BYTES * 4 // 3
+        assert torch.equal(cache.layers[3].keys.clone(), second[[1, 1]])
+        assert torch.equal(cache.layers[0].values.clone(), -first[[1, 1]])
+
+    def test_a_layer_that_stores_tokens_is_not_copied(self, model):
+        cache = PagedCache(model.config)
+        extend(model, cache, ragged_batch([5])[0])
+        with pytest.raises(UnsupportedFeatureError, match="one layer can't be copied"):
+            copy.deepcopy(cache.layers[0])

@@ -24,6 +24,7 @@ def run(*arguments):
         (["demo"], "--new-tokens"),
         (["perplexity"], "--implementations"),
         (["memory"], "--block-sizes"),
+        (["coverage"], "--types"),
         (["bench", "flash-attention"], "--masks"),
         (["bench", "paged-decode"], "--block-sizes"),
         (["bench", "training"], "--hidden-size"),
@@ -88,7 +89,7 @@ def test_module_is_the_command(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "hf_paged_flash", "--help"], capture_output=True, text=True, check=True, cwd=tmp_path
     )
-    assert all(name in done.stdout for name in ("info", "demo", "perplexity", "memory", "bench"))
+    assert all(name in done.stdout for name in ("info", "demo", "perplexity", "memory", "coverage", "bench"))
 
 
 def test_final_line_is_strict_json():

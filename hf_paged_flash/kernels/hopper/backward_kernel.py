@@ -122,9 +122,7 @@ def _produce(
                 )
             if r == 0:
                 mbarrier.expect(kv_full.index(1), V.block_type.nbytes)
-                tma.async_copy_global_to_shared(
-                    V, [row, first_k + start_n, head_k, 0], kv_full.index(1), v_s.index(0)
-                )
+                tma.async_copy_global_to_shared(V, [row, first_k + start_n, head_k, 0], kv_full.index(1), v_s.index(0))
             mbarrier.expect(do_full.index(slot), DO.block_type.nbytes)
             tma.async_copy_global_to_shared(DO, [row, start_m, head, 0], do_full.index(slot), do_s.index(slot))
             r += 1
