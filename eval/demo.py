@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.cache_utils import Cache
 
 import hf_paged_flash
+from hf_paged_flash.eval.bench.timing import bench_device
 from hf_paged_flash.eval.comparison import Result, evaluate, results_of
 from hf_paged_flash.eval.report import console, final_line, launch
 from hf_paged_flash.eval.results import device_name, versions
@@ -141,7 +142,7 @@ def main(
     """Generates and scores with paged_flash and with eager, and shows what is equal and what is saved."""
     from hf_paged_flash.eval import assets
 
-    settled = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    settled = bench_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     path = assets.model_path()
     prompts = [*PROMPTS, load_text()[:LONG_PROMPT]]
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")

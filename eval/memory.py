@@ -18,6 +18,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from hf_paged_flash.eval.bench.timing import bench_device
 from hf_paged_flash.eval.fed_caches import FedCaches, Sample
 from hf_paged_flash.eval.generate_memory import Peak, peaks_of
 from hf_paged_flash.eval.report import console, final_line, launch, names_of
@@ -129,11 +130,12 @@ def main(
     block_sizes: Annotated[str, typer.Option(help="tokens a block, counted on the ragged batch")] = ",".join(
         map(str, BLOCK_SIZES)
     ),
-    tolerance: Annotated[float, typer.Option(help="largest waste in %% on the ragged batch")] = 4.0,
+    tolerance: Annotated[float, typer.Option(help="largest waste in % on the ragged batch")] = 4.0,
     record: Annotated[bool, typer.Option(help="append rows to eval/results/memory.jsonl")] = False,
     out: Annotated[Path | None, typer.Option(help="append rows in this folder instead")] = None,
 ) -> None:
     """K/V memory of DynamicCache, StaticCache and PagedCache by workload: reserved, needed, wasted; or measured."""
+    bench_device(device)
     recorder = Recorder("memory", device=device, folder=results_folder(record, out))
     chosen = names_of(workloads, tuple(WORKLOADS), "workloads")
     if device == "cpu":

@@ -40,7 +40,8 @@ def _settle_device(device: str) -> torch.device:
     return PartialState().device if device == "auto" else torch.device(device)
 
 
-def _load(model: str | None, implementation: str, dtype: str, device: torch.device):
+def _load(model: str | None, implementations: list[str], dtype: str, device: torch.device):
+    """The model under the first implementation, which can run under all of them, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import hf_paged_flash  # noqa: F401 (registers paged_flash)
@@ -49,9 +50,12 @@ def _load(model: str | None, implementation: str, dtype: str, device: torch.devi
         from hf_paged_flash.eval import assets
 
         model = str(assets.model_path())
+    implementation = implementations[0]
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation=implementation)
+        for implementation in reversed(implementations):  # the first one stays
+            loaded.set_attn_implementation(implementation)
     except (OSError, ValueError) as error:  # what transformers raises for names that it doesn't know
         raise ArgumentError(f"{model} can't be loaded with {implementation!r}: {error}") from error
     return loaded.to(device).eval(), tokenizer
@@ -109,7 +113,7 @@ def main(
     chosen_ways = names_of(ways, WAYS, "ways")
     settled = _settle_device(device)
     recorder = Recorder("perplexity", device=str(settled), folder=results_folder(record, out))
-    loaded, tokenizer = _load(model, names[0], dtype, settled)
+    loaded, tokenizer = _load(model, names, dtype, settled)
     window = min(window, getattr(loaded.config, "max_position_embeddings", None) or window)
     text = load_text(data, name=name, split=split, column=column)
     tokens = torch.tensor(tokenizer(text, verbose=False).input_ids[:max_tokens])

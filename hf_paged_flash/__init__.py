@@ -7,7 +7,7 @@ Importing the package registers the attention implementation "paged_flash":
     model.generate(**tokenizer(prompts, padding=True, return_tensors="pt"))
 """
 
-from . import versions  # noqa: F401  first: the rest imports what an older transformers lacks
+from . import checkout, versions  # noqa: F401  first: the rest imports what an older transformers lacks
 from .backend import Counters, configure, counters, reset_counters
 from .cache import CacheMemory, PagedCache
 from .errors import (

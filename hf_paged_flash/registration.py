@@ -27,11 +27,7 @@ def register() -> None:
         from hf_paged_flash.patches import ALL_PATCHES
     except ImportError as error:
         if (error.name or "").startswith("hf_paged_flash"):
-            raise ImportError(
-                f"{error.name} is not installed: Python found a checkout's folder before any installed package. Run "
-                "`pip install -e .` in the checkout, or start Python elsewhere",
-                name=error.name,
-            ) from error
+            raise
         raise IncompatibleTransformersError(
             f"transformers {transformers.__version__} does not fit this version of hf_paged_flash: {error}"
         ) from error

@@ -139,6 +139,7 @@ def test_a_gpu_that_is_not_there_is_named():
     [
         (("--dtype", "float8"), "`dtype` must be one of auto, float32, bfloat16, float16, got 'float8'"),
         (("--implementations", "flash"), "can't be loaded with 'flash'"),
+        (("--implementations", "eager,paged_flsh"), "can't be loaded with 'paged_flsh'"),
         (("no/such/model",), "no/such/model can't be loaded with 'eager'"),
     ],
 )
