@@ -7,6 +7,7 @@ import torch
 
 from ..errors import ArgumentError, CacheFullError
 from .block_manager import Append, BlockManager
+from .blocks import GROWTH
 from .forward_step import ForwardStep, NewTokens, to_device
 from .layer_pools import LayerPools, growth_error
 from .mask_handoff import expect_mask
@@ -131,8 +132,8 @@ class PageGroup:
             CacheFullError: no room under the cap of `max_blocks`.
         """
         self.store.blocks.max_blocks = max_blocks
-        if self.pools.is_elastic:
-            self.store.blocks.growth = 0  # it takes whole pages anyway, and copies nothing
+        # pools that take whole pages copy nothing when they grow
+        self.store.blocks.growth = 0 if self.pools.is_elastic else GROWTH
         try:
             change = self._append(new)
         except CacheFullError as error:
