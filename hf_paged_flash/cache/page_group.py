@@ -413,6 +413,8 @@ class PageGroup:
         self.layer_columns = {layer: min(stored, columns) for layer, stored in self.layer_columns.items()}
         self.step = self._before = self._block_table = None
         self._dropped.clear()
+        if columns == 0:  # another batch may follow
+            self._mask, self.has_padding = None, False
 
     def check_history(self, mask: torch.Tensor) -> None:
         stored = self.real_columns()

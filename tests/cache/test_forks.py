@@ -160,6 +160,17 @@ class TestRelease:
             extend(model, cache, input_ids, mask), extend(model, PagedCache(model.config), input_ids, mask)
         )
 
+    @pytest.mark.parametrize("empty", [lambda cache: cache.release([0, 1, 2]), lambda cache: cache.crop(-31)])
+    def test_another_batch_goes_on_with_its_own_mask(self, model, empty):
+        cache, _, mask = filled(model)
+        extend(model, cache, torch.full((3, 1), 5), torch.cat([mask, mask.new_ones(3, 1)], 1))
+        empty(cache)
+        assert cache.batch_size == -1 and not cache.groups[0].has_padding
+        input_ids, _ = ragged_batch([9] * 5, seed=3)
+        extend(model, cache, input_ids)
+        check_goes_on(model, cache, input_ids, torch.ones_like(input_ids))
+        assert cache.layers[0].keys.clone().shape[0] == 5
+
     def test_blocks_of_forks_stay(self, model):
         cache, input_ids, mask = filled(model)
         fork = cache.fork(0)
