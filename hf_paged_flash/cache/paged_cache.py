@@ -123,7 +123,7 @@ class PagedCache(Cache):
     Raises:
         ArgumentError: `block_size`, `num_blocks`, `max_memory` or `dtype` is none of these, or `max_memory` is less
             than one block of the model takes.
-        UnsupportedFeatureError: the model has layers whose state cannot be paged.
+        UnsupportedFeatureError: the model has layers whose state cannot be paged, or none with keys and values.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class PagedCache(Cache):
         used = [window for window, paged in zip(windows, is_paged, strict=True) if paged]
         by_window = {
             window: PageGroup(PageStore(block_size, used.count(window), num_blocks, max_memory), window)
-            for window in dict.fromkeys(used or [None])
+            for window in dict.fromkeys(used)
         }
         self.groups = PageGroups(list(by_window.values()), max_memory)
         self.config, self.dtype = config, dtype
@@ -178,6 +178,11 @@ class PagedCache(Cache):
                     f"layer {idx} of {type(config).__name__} is of type `{kind}`, whose state PagedCache can't page: "
                     "use `past_key_values=DynamicCache(config=model.config)`, which works under paged_flash too"
                 )
+        if not any(is_paged):
+            raise UnsupportedFeatureError(
+                f"no layer of {type(config).__name__} has keys and values, PagedCache has nothing to page: use "
+                "`DynamicCache(config=model.config)`"
+            )
         super().__init__(layers=layers)
 
     @property
@@ -280,16 +285,18 @@ class PagedCache(Cache):
         self.groups.give_back()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Row i becomes what row `beam_idx[i]` was; tables move, K/V stays."""
-        self._select(self._rows(beam_idx))
+        """Row i becomes what row `beam_idx[i]` was; tables move, K/V stays. Nothing while nothing is stored."""
+        if self.columns:
+            self._select(self._rows(beam_idx))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each row `repeats` times; the copies share the row's blocks."""
         self._select(np.repeat(np.arange(self.groups.batch), repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps rows `indices`, long or bool; the others' blocks are given back."""
-        self._select(self._rows(indices))
+        """Keeps rows `indices`, long or bool; the others' blocks are given back. Nothing while nothing is stored."""
+        if self.columns:
+            self._select(self._rows(indices))
 
     def release(self, rows: int | Sequence[int] | torch.Tensor) -> None:
         """Drops `rows`; their blocks are free, unless others share them. The rows left move up.
@@ -377,6 +384,6 @@ class PagedCache(Cache):
             return np.flatnonzero(indices)
         indices = np.atleast_1d(indices)
         is_whole = indices.ndim == 1 and (np.issubdtype(indices.dtype, np.integer) or not indices.size)
-        if not is_whole or (batch and ((indices < -batch) | (indices >= batch)).any()):
+        if not is_whole or ((indices < -batch) | (indices >= batch)).any():
             raise ArgumentError(f"rows must be indices of the cache's {batch} rows, or bool ({batch},), got {rows}")
         return indices.astype(np.int64) % max(batch, 1)

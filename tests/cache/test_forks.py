@@ -93,6 +93,11 @@ class TestFork:
 
     def test_of_an_empty_cache(self, model):
         cache = PagedCache(model.config, num_blocks=4)
+        for change in (cache.fork, cache.release):
+            with pytest.raises(ArgumentError, match="rows must be indices of the cache's 0 rows"):
+                change(0)
+        cache.reorder_cache(torch.tensor([1, 0]))  # as DynamicCache: nothing
+        cache.batch_select_indices(torch.tensor([1]))
         fork = cache.fork()
         input_ids, mask = ragged_batch([20, 9])
         logits = extend(model, fork, input_ids, mask)
