@@ -30,7 +30,8 @@ class PageGroup:
 
     On CUDA a decode step must not wait for the device, so a mask that lies there is not read back: the device counts
     (`cache_seqlens`), and `manager.lengths` holds upper bounds until the next forward of several tokens, `crop` or
-    `memory()` reads the truth. Blocks are handed out by the bounds: at most one too many a row.
+    `memory()` reads the truth. Blocks are handed out by the bounds: one too many for each `block_size` columns of
+    padding that a row has got since.
 
     Attributes:
         window: tokens that a query of these layers sees, itself included; None: all. Blocks that no later query can
@@ -46,7 +47,7 @@ class PageGroup:
         self._start()
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update(state, _before=None)  # its version is of the blocks that it came from
         self.store.groups.add(self)
 
     def _start(self) -> None:
