@@ -36,8 +36,6 @@ def _prepare_cache(original, self, generation_config, model_kwargs, generation_m
         except UnsupportedFeatureError as error:
             logger.warning_once(f"generate() keeps DynamicCache for this model: {error}")
             return result
-        if cache is None:
-            return result
         if generation_config.is_assistant:  # as transformers has told the cache it built: tokens will be taken back
             cache.activate_past_recording()
         model_kwargs[name] = cache
@@ -52,12 +50,11 @@ def _is_default(cache) -> bool:
 
 
 def _paged(model, config, built, generation_config, batch_size: int):
-    """The paged counterpart of what transformers `built`; None where there is nothing to page (Mamba)."""
-    from hf_paged_flash.cache import PagedCache, PagedLayer, paged_encoder_decoder_cache
+    """The paged counterpart of what transformers `built`."""
+    from hf_paged_flash.cache import PagedCache, paged_encoder_decoder_cache
 
     if not isinstance(built, EncoderDecoderCache):
-        cache = PagedCache(config)
-        return cache if any(isinstance(layer, PagedLayer) for layer in cache.layers) else None
+        return PagedCache(config)
     if "_prepare_cache_for_generation" in _own_methods(type(model)):
         # such a model goes on to build a cross-attention cache of its own
         return EncoderDecoderCache(PagedCache(config), built.cross_attention_cache)

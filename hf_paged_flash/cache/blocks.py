@@ -6,6 +6,7 @@ import numpy as np
 
 from ..errors import CacheFullError
 
+GROWTH = 1 / 40  # the least that growth adds, as a share of the blocks that exist
 _FEW = 512  # blocks below which sorting them costs less than a pass over the pool's
 
 
@@ -19,7 +20,7 @@ class Blocks:
     def __init__(self, block_size: int, max_blocks: int | None = None) -> None:
         self.block_size = block_size
         self.max_blocks = max_blocks  # None: no cap
-        self.growth = 1 / 40  # the least that growth adds, as a share of the blocks that exist
+        self.growth = GROWTH
         self.version = 0
         self._dropped: deque[np.ndarray] = deque()  # tables whose managers are gone
         self.clear()

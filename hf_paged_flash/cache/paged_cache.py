@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 from os import PathLike
 
 import numpy as np
@@ -17,6 +16,7 @@ from transformers.cache_utils import (
 
 from ..errors import ArgumentError, PagedFlashError, UnsupportedFeatureError
 from . import saved_cache
+from .cache_memory import CacheMemory, bytes_of, check_cap, memory_of
 from .linear_states import PagedHybridLayer, check_crop_states, crop_states, reset_states, select_states
 from .page_group import PageGroup
 from .page_groups import PageGroups
@@ -33,70 +33,6 @@ _PAGED_LAYER_TYPES = {
     "hybrid": False,
     "hybrid_sliding": True,
 }
-
-
-def _bytes(max_memory: int | str | None) -> int | None:
-    size = max_memory
-    if isinstance(size, str):
-        from accelerate.utils import convert_file_size_to_int  # slow to import, rarely needed
-
-        try:
-            size = convert_file_size_to_int(size)
-        except ValueError:
-            size = 0
-    if size is not None and (type(size) is not int or size < 1):
-        raise ArgumentError(
-            f'`max_memory` must be bytes above 0 as an integer, or like "4GiB", or None for no cap, got {max_memory!r}'
-        )
-    return size
-
-
-def _check_cap(
-    max_memory: int | None, config: PreTrainedConfig, layers: int, block_size: int, dtype: torch.dtype | None
-) -> None:
-    """Refuses a cap below one block of `layers` layers; where `config` tells too little, the first forward does."""
-    if max_memory is None or hasattr(config, "kv_lora_rank") or getattr(config, "is_heterogeneous", False):
-        return  # to ask for a size that differs by layer (Gemma 4) is an error
-    heads, head_dim = getattr(config, "num_key_value_heads", None), getattr(config, "head_dim", None)
-    if head_dim is None and hasattr(config, "hidden_size") and hasattr(config, "num_attention_heads"):
-        head_dim = config.hidden_size // config.num_attention_heads
-    dtype = dtype or config.dtype
-    told = type(heads) is int and type(head_dim) is int and isinstance(dtype, torch.dtype)
-    if not told:
-        return
-    block = layers * block_size * heads * 2 * head_dim * dtype.itemsize
-    if max_memory < block:
-        raise ArgumentError(
-            f"`max_memory` must be at least {block} bytes, one block of {block_size} tokens in {layers} layers of "
-            f"{dtype}, got {max_memory}"
-        )
-
-
-@dataclass(frozen=True)
-class CacheMemory:
-    """What a PagedCache and its forks hold; a block is `block_size` tokens of all attention layers of one group.
-
-    Layers with the same attention pattern are a group: full attention, or a sliding window of one size.
-
-    Attributes:
-        bytes_reserved: K/V memory taken from the device, used or free, in whole pages where it is taken in pages.
-        bytes_stored: K/V of stored tokens, those in shared blocks once.
-        bytes_wasted: reserved and holding no token: room behind each row's last token, and free blocks.
-        tokens: tokens stored, those in shared blocks once; of several groups, the one that stores most of them.
-        block_size: tokens a block.
-        blocks_used: blocks that hold tokens.
-        blocks_free: reserved blocks that hold none.
-        blocks_shared: blocks that more than one row uses, of this cache or of a fork.
-    """
-
-    bytes_reserved: int
-    bytes_stored: int
-    bytes_wasted: int
-    tokens: int
-    block_size: int
-    blocks_used: int
-    blocks_free: int
-    blocks_shared: int
 
 
 class PagedCache(Cache):
@@ -123,7 +59,7 @@ class PagedCache(Cache):
     Raises:
         ArgumentError: `block_size`, `num_blocks`, `max_memory` or `dtype` is none of these, or `max_memory` is less
             than one block of the model takes.
-        UnsupportedFeatureError: the model has layers whose state cannot be paged.
+        UnsupportedFeatureError: the model has layers whose state cannot be paged, or none with keys and values.
     """
 
     def __init__(
@@ -145,7 +81,7 @@ class PagedCache(Cache):
             raise ArgumentError(f"`num_blocks` must be an integer from 1, or None for no cap, got {num_blocks!r}")
         if dtype is not None and dtype not in DTYPES:
             raise ArgumentError(f"`dtype` must be one of {DTYPES}, or None for the model's, got {dtype!r}")
-        max_memory = _bytes(max_memory)
+        max_memory = bytes_of(max_memory)
         decoder = config.get_text_config(decoder=True)
         layer_types, layer_kwargs = get_layer_types_and_kwargs(decoder)
         if isinstance(layer_kwargs, dict):  # one for all layers before transformers 5.18, then one a layer
@@ -155,11 +91,11 @@ class PagedCache(Cache):
             for kind, kwargs in zip(layer_types, layer_kwargs, strict=True)
         ]
         is_paged = [kind in _PAGED_LAYER_TYPES for kind in layer_types]
-        _check_cap(max_memory, decoder, sum(is_paged), block_size, dtype)
+        check_cap(max_memory, decoder, sum(is_paged), block_size, dtype)
         used = [window for window, paged in zip(windows, is_paged, strict=True) if paged]
         by_window = {
             window: PageGroup(PageStore(block_size, used.count(window), num_blocks, max_memory), window)
-            for window in dict.fromkeys(used or [None])
+            for window in dict.fromkeys(used)
         }
         self.groups = PageGroups(list(by_window.values()), max_memory)
         self.config, self.dtype = config, dtype
@@ -178,6 +114,11 @@ class PagedCache(Cache):
                     f"layer {idx} of {type(config).__name__} is of type `{kind}`, whose state PagedCache can't page: "
                     "use `past_key_values=DynamicCache(config=model.config)`, which works under paged_flash too"
                 )
+        if not any(is_paged):
+            raise UnsupportedFeatureError(
+                f"no layer of {type(config).__name__} has keys and values, PagedCache has nothing to page: use "
+                "`DynamicCache(config=model.config)`"
+            )
         super().__init__(layers=layers)
 
     @property
@@ -197,25 +138,7 @@ class PagedCache(Cache):
 
     def memory(self) -> CacheMemory:
         """What is reserved, stored and wasted now. Forks share what they report. Waits for the device."""
-        stores = [group.store for group in self.groups]
-        tokens = [store.stored_tokens() for store in stores]
-        for store in stores:
-            store.blocks.collect()
-        reserved = sum(store.pools.bytes_reserved for store in stores)
-        stored = sum(
-            count * (store.pools.stored_block_bytes // store.blocks.block_size)
-            for count, store in zip(tokens, stores, strict=True)
-        )
-        return CacheMemory(
-            bytes_reserved=reserved,
-            bytes_stored=stored,
-            bytes_wasted=reserved - stored,
-            tokens=max(tokens),
-            block_size=stores[0].blocks.block_size,
-            blocks_used=sum(store.blocks.blocks_used for store in stores),
-            blocks_free=sum(store.blocks.blocks_free for store in stores),
-            blocks_shared=sum(store.blocks.blocks_shared for store in stores),
-        )
+        return memory_of(self.groups)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """As in `Cache`, which every forward asks before its first layer.
@@ -280,16 +203,18 @@ class PagedCache(Cache):
         self.groups.give_back()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Row i becomes what row `beam_idx[i]` was; tables move, K/V stays."""
-        self._select(self._rows(beam_idx))
+        """Row i becomes what row `beam_idx[i]` was; tables move, K/V stays. Nothing while nothing is stored."""
+        if self.columns:
+            self._select(self._rows(beam_idx))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each row `repeats` times; the copies share the row's blocks."""
         self._select(np.repeat(np.arange(self.groups.batch), repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps rows `indices`, long or bool; the others' blocks are given back."""
-        self._select(self._rows(indices))
+        """Keeps rows `indices`, long or bool; the others' blocks are given back. Nothing while nothing is stored."""
+        if self.columns:
+            self._select(self._rows(indices))
 
     def release(self, rows: int | Sequence[int] | torch.Tensor) -> None:
         """Drops `rows`; their blocks are free, unless others share them. The rows left move up.
@@ -377,6 +302,6 @@ class PagedCache(Cache):
             return np.flatnonzero(indices)
         indices = np.atleast_1d(indices)
         is_whole = indices.ndim == 1 and (np.issubdtype(indices.dtype, np.integer) or not indices.size)
-        if not is_whole or (batch and ((indices < -batch) | (indices >= batch)).any()):
+        if not is_whole or ((indices < -batch) | (indices >= batch)).any():
             raise ArgumentError(f"rows must be indices of the cache's {batch} rows, or bool ({batch},), got {rows}")
         return indices.astype(np.int64) % max(batch, 1)

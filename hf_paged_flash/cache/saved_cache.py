@@ -15,6 +15,7 @@ from ..errors import ArgumentError, PagedFlashError, UnsupportedFeatureError
 from .block_pool import BlockPool
 from .page_group import PageGroup
 from .paged_layer import PagedLayer
+from .window import first_in_reach
 
 if TYPE_CHECKING:
     from .paged_cache import PagedCache
@@ -46,7 +47,7 @@ def save(cache: "PagedCache", path: str | PathLike) -> None:
     about = {
         "version": _VERSION,
         "model": _identity(cache.config),
-        "layers": [type(layer).__name__ for layer in cache.layers],
+        "layers": _layers(cache),
         "block_size": store.blocks.block_size,
         "num_blocks": store.pools.num_blocks,
         "max_memory": store.pools.max_memory,
@@ -145,6 +146,15 @@ def _identity(config: PreTrainedConfig) -> dict:
     return {name: getattr(config, name, None) for name in _IDENTITY}
 
 
+def _layers(cache: "PagedCache") -> list[str]:
+    """What each layer keeps: of another kind, or of another window, it could not go on."""
+    windows = [layer.group.window if isinstance(layer, PagedLayer) else None for layer in cache.layers]
+    return [
+        type(layer).__name__ + ("" if window is None else f" of window {window}")
+        for layer, window in zip(cache.layers, windows, strict=True)
+    ]
+
+
 def _empty(cache_class: type["PagedCache"], about: dict, config: PreTrainedConfig) -> "PagedCache":
     """The cache that was saved, without its tokens."""
     if about.get("version") != _VERSION:
@@ -159,7 +169,7 @@ def _empty(cache_class: type["PagedCache"], about: dict, config: PreTrainedConfi
         max_memory=about["max_memory"],
         dtype=dtype,
     )
-    ours = _identity(config) | {"layers": [type(layer).__name__ for layer in cache.layers]}
+    ours = _identity(config) | {"layers": _layers(cache)}
     for name, saved in (about["model"] | {"layers": about["layers"]}).items():
         if saved != ours[name]:
             raise ArgumentError(
@@ -175,6 +185,8 @@ def _restore_group(cache: "PagedCache", number: int, group: PageGroup, columns: 
     table = saved.take(f"groups.{number}.table", (batch, None), torch.int32).cpu().numpy()
     needed, columns_of_table = -(-lengths // size), np.arange(table.shape[1])[None, :]
     first = saved.take(f"groups.{number}.first", (batch,), torch.int64).cpu().numpy()
+    reach = 0 if group.window is None else first_in_reach(lengths, group.window, size)
+    saved.require(((first >= 0) & (first <= reach)).all(), "has given back what its windows reach")
     held = (columns_of_table >= first[:, None]) & (columns_of_table < needed[:, None])
     saved.require(((table >= 0) == held).all() and (needed <= table.shape[1]).all(), "has tables that fit no lengths")
     num_blocks = int(table.max(initial=-1)) + 1

@@ -280,6 +280,18 @@ class TestCacheOverElasticMemory:
         feed.update(cache, feed.columns(30))
         feed.check(cache)
 
+    def test_after_a_reset_ordinary_tensors_grow_ahead_again(self, driver, monkeypatch):
+        cache = PagedCache(tiny_config("llama"))
+        feed = Feed()
+        feed.update(cache, feed.columns(16))
+        assert cache.groups[0].store.blocks.growth == 0  # pages are mapped one by one
+        cache.reset()
+        monkeypatch.setattr(elastic_memory, "driver_of", lambda device: None)
+        feed = Feed()
+        feed.update(cache, feed.columns(16 * 100))
+        feed.update(cache, feed.columns(1))
+        assert cache.groups[0].store.blocks.num_blocks == 3 * 100 * 41 // 40
+
     def test_a_pickled_cache_goes_on_in_pages(self, driver):
         cache, feed = PagedCache(tiny_config("llama")), Feed()
         feed.update(cache, feed.columns(100))

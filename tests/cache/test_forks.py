@@ -93,6 +93,11 @@ class TestFork:
 
     def test_of_an_empty_cache(self, model):
         cache = PagedCache(model.config, num_blocks=4)
+        for change in (cache.fork, cache.release):
+            with pytest.raises(ArgumentError, match="rows must be indices of the cache's 0 rows"):
+                change(0)
+        cache.reorder_cache(torch.tensor([1, 0]))  # as DynamicCache: nothing
+        cache.batch_select_indices(torch.tensor([1]))
         fork = cache.fork()
         input_ids, mask = ragged_batch([20, 9])
         logits = extend(model, fork, input_ids, mask)
@@ -159,6 +164,17 @@ class TestRelease:
         assert torch.equal(
             extend(model, cache, input_ids, mask), extend(model, PagedCache(model.config), input_ids, mask)
         )
+
+    @pytest.mark.parametrize("empty", [lambda cache: cache.release([0, 1, 2]), lambda cache: cache.crop(-31)])
+    def test_another_batch_goes_on_with_its_own_mask(self, model, empty):
+        cache, _, mask = filled(model)
+        extend(model, cache, torch.full((3, 1), 5), torch.cat([mask, mask.new_ones(3, 1)], 1))
+        empty(cache)
+        assert cache.batch_size == -1 and not cache.groups[0].has_padding
+        input_ids, _ = ragged_batch([9] * 5, seed=3)
+        extend(model, cache, input_ids)
+        check_goes_on(model, cache, input_ids, torch.ones_like(input_ids))
+        assert cache.layers[0].keys.clone().shape[0] == 5
 
     def test_blocks_of_forks_stay(self, model):
         cache, input_ids, mask = filled(model)
@@ -330,6 +346,14 @@ class TestOnePool:
         check_goes_on(model, alone, input_ids[:2], mask[:2])
         check_goes_on(model, together[1], input_ids[:2], mask[:2])
         check_goes_on(model, together[0], input_ids, mask)
+
+    def test_a_step_of_before_pickling_is_not_taken_back_as_the_last_change(self, model):
+        cache, _, _ = filled(model)
+        version = cache.groups[0].store.blocks.version
+        assert cache.groups[0].can_undo(0)
+        other = pickle.loads(pickle.dumps(cache)).groups[0]
+        other.store.blocks.version = version  # blocks count their changes anew, and come here some time
+        assert not other.can_undo(0)
 
 
 class TestHostTime:

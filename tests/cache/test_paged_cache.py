@@ -837,6 +837,10 @@ class TestConfigurations:
         with pytest.raises(UnsupportedFeatureError, match="layer 1 of LlamaConfig is of type `deep.*DynamicCache"):
             PagedCache(config)
 
+    def test_a_model_without_keys_is_refused(self):
+        with pytest.raises(UnsupportedFeatureError, match="no layer of MambaConfig has keys and values.*DynamicCache"):
+            PagedCache(AutoConfig.for_model("mamba", num_hidden_layers=2))
+
     def test_offloading_a_layer_is_refused(self, model):
         cache = PagedCache(model.config)
         extend(model, cache, ragged_batch([4], None)[0])

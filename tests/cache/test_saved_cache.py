@@ -217,6 +217,17 @@ class TestRefused:
         with pytest.raises(ArgumentError, match="whose `model_type` is llama, `config` says qwen3"):
             PagedCache.load(path, tiny_config("qwen3"))
 
+    def test_another_window(self, path):
+        config = attentive_config("mistral", sliding_window=8)
+        cache = PagedCache(config)
+        extend(tiny_model(config, "paged_flash"), cache, ragged_batch((64,))[0])
+        assert cache.groups[0].has_given_back
+        cache.save(path)
+        assert PagedCache.load(path, config).groups[0].window == 8
+        for window in (40, None):
+            with pytest.raises(ArgumentError, match="whose `layers` is .*PagedLayer of window 8"):
+                PagedCache.load(path, attentive_config("mistral", sliding_window=window))
+
     def test_another_file(self, model, path):
         save_file({"x": torch.zeros(1)}, path)
         with pytest.raises(ArgumentError, match="must be a file that `PagedCache.save` wrote, .* is another one"):
@@ -251,6 +262,8 @@ class TestRefused:
             ({"groups.0.mask": torch.ones(3, 31, dtype=torch.bool)}, (), r"`groups.0.mask` of shape \(3, 30\)"),
             ({"groups.0.table": torch.zeros(3, 2, dtype=torch.int32)}, (), "has tables that fit no lengths"),
             ({"groups.0.table": torch.tensor([[0, 9999], [1, -1], [2, 3]]).int()}, (), "name blocks it can't hold"),
+            ({"groups.0.first": torch.tensor([0, 0, -1])}, (), "has given back what its windows reach"),
+            ({"groups.0.first": torch.tensor([1, 0, 0])}, (), "has given back what its windows reach"),
             ({"layers.7.key": torch.zeros(1)}, (), r"holds tensors that belong nowhere, \['layers.7.key'\]"),
         ],
     )
