@@ -158,7 +158,7 @@ class TestWindows:
             attention = [layer.self_attn for layer in model.model.layers]
             for module in attention:
                 module.config.sliding_window = None
-            with pytest.raises(UnsupportedFeatureError, match="attends to all tokens"):
+            with pytest.raises(UnsupportedFeatureError, match="a window of 8 tokens which only its cache knows of"):
                 model(input_ids[:, 38:], past_key_values=cache)
             assert cache.get_seq_length() == 38
             for module in (model, *attention):
