@@ -38,6 +38,7 @@ class PageGroup(StoredRows):
         self.pending_mask: torch.Tensor | None = None  # of the forward to come, once announced
         self.pending_window: int | None = None  # keys left of its own that its queries see at most
         self.is_announced = False
+        self._asked_sizes = (0, 0)  # (q_length, kv_length) of that mask
         self._before: _Before | None = None  # the step; None once it can't be taken back
         self._first: np.ndarray | None = None  # of empty rows, the first block that the step stores tokens in
         self._block_table: torch.Tensor | None = None
@@ -45,10 +46,12 @@ class PageGroup(StoredRows):
 
     def mask_sizes(self, q_length: int) -> tuple[int, int]:
         """(kv_length, kv_offset) for transformers' masks, and notice of the mask that follows."""
-        kv_length = self.columns + q_length
-        self.forget_announcement()
-        expect_mask(self, (q_length, kv_length))
-        return kv_length, 0
+        sizes = q_length, self.columns + q_length
+        if sizes != self._asked_sizes:  # else a layer may ask again, in a forward whose mask has come (Inkling)
+            self.forget_announcement()
+        self._asked_sizes = sizes
+        expect_mask(self, sizes)
+        return sizes[1], 0
 
     def forget_announcement(self) -> None:
         self.pending_mask = self.pending_window = None

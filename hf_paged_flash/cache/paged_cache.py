@@ -141,7 +141,7 @@ class PagedCache(Cache):
         return memory_of(self.groups)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """As in `Cache`, which every forward asks before its first layer.
+        """As in `Cache`, which every forward asks before its first layer, and some layers ask again.
 
         Raises:
             PagedFlashError: layers with another state than keys have taken in a forward that was refused later on.
@@ -153,7 +153,10 @@ class PagedCache(Cache):
                     "refused: empty it with `reset()` and begin with the whole prompt"
                 )
             reset_states(self.layers)
-        self.groups.states_ahead = self.groups.states_changed = False
+        self.groups.states_ahead = False
+        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        is_under_way = isinstance(layer, PagedLayer) and layer.is_under_way(query_length)
+        self.groups.states_changed &= is_under_way or any(group.is_announced for group in self.groups)
         return super().get_mask_sizes(query_length, layer_idx)
 
     def update_conv_state(self, *args, **kwargs) -> torch.Tensor:

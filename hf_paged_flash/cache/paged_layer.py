@@ -169,22 +169,23 @@ class PagedLayer(CacheLayerMixin):
         self.pool.store(key_states.transpose(1, 2), value_states.transpose(1, 2), step.to(self.device).slot_mapping)
 
     def _join_step(self, key_states: torch.Tensor) -> ForwardStep:
-        group, step = self.group, self.group.step
+        group = self.group
         batch, _, q_length, _ = key_states.shape
         if self.columns == group.columns:
             self.groups.begin(batch, q_length, key_states.device)
             return group.step
-        if (
-            step is not None
-            and (step.start, step.end) == (self.columns, self.columns + q_length)
-            and step.batch == batch
-        ):
-            return step
+        if self.is_under_way(q_length) and group.step.batch == batch:
+            return group.step
         raise PagedFlashError(
             f"layer {self.layer_idx} holds {self.columns} columns of the paged cache and gets {q_length} more, others "
             f"hold {group.columns}: an earlier forward stopped half way. Take it back with "
             f"`crop({self.columns - group.columns})`, or empty the cache with `reset()`"
         )
+
+    def is_under_way(self, q_length: int) -> bool:
+        """Whether other layers of the group have begun a step of `q_length` columns that this one has yet to store."""
+        step, columns = self.group.step, (self.columns, self.columns + q_length)
+        return step is not None and self.columns < self.group.columns and (step.start, step.end) == columns
 
     def _handle(self, kind: str, fresh: torch.Tensor | None) -> PagedTensor:
         pool = self.pool.key if kind == "key" else self.pool.value
@@ -234,6 +235,8 @@ class PagedLayer(CacheLayerMixin):
         self.group.record_past = True
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self.is_under_way(query_length):  # the layer itself asks, for a bias of its own (Inkling)
+            return self.group.step.end, 0
         sizes = self.group.mask_sizes(query_length)
         if self.groups.cross is not None:
             expect_cross_mask(self.groups.cross)
