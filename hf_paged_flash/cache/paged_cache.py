@@ -269,6 +269,7 @@ class PagedCache(Cache):
 
         Raises:
             PagedFlashError: a forward stopped half way.
+            FileNotFoundError: the folder of `path` is not there.
         """
         saved_cache.save(self, path)
 

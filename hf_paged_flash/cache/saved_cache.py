@@ -2,6 +2,7 @@
 
 import json
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,6 +32,8 @@ _IDENTITY = (
 
 def save(cache: "PagedCache", path: str | PathLike) -> None:
     """See `PagedCache.save`."""
+    if not (folder := Path(path).absolute().parent).is_dir():
+        raise FileNotFoundError(f"`path` is {str(path)!r}, but there is no folder {folder}")
     tensors: dict[str, torch.Tensor] = {}
     for number, group in enumerate(cache.groups):
         tensors |= _of_group(cache, number, group)

@@ -148,6 +148,9 @@ def flash_attn_varlen_func(
         check.fail("cu_seqlens_k", "be given unless both `block_table` and `seqused_k` are", None)
     if seqused_k is not None:
         seqused_k = check.check_lengths("seqused_k", seqused_k, q, batch, "(batch,)")
+    check.check_rows("q", cu_seqlens_q, q.shape[0], max_seqlen_q)
+    if block_table is None:
+        check.check_rows("k", cu_seqlens_k, k.shape[0], max_seqlen_k)
     window_left, window_right = check.check_options(q, window_size, softcap, s_aux)
     out, lse = library.flash_attention(
         q,

@@ -86,6 +86,20 @@ def check_cu_seqlens(name: str, tensor, q) -> torch.Tensor:
     return _check_int32(name, tensor, q)
 
 
+def check_rows(side: str, cu_seqlens: torch.Tensor, tokens: int, max_seqlen: int) -> None:
+    """Refuses offsets (batch + 1,) of `side` "q" or "k" that leave its `tokens`, or rows longer than `max_seqlen`.
+
+    On a CPU only: a GPU would have to be waited for, and a graph that is traced has no values.
+    """
+    if cu_seqlens.device.type != "cpu" or type(cu_seqlens) is not torch.Tensor or torch.compiler.is_compiling():
+        return
+    lengths = cu_seqlens.diff()
+    if cu_seqlens[0] < 0 or cu_seqlens[-1] > tokens or (lengths < 0).any():
+        fail(f"cu_seqlens_{side}", f"rise from 0 to at most {tokens}, the tokens of `{side}`", cu_seqlens.tolist())
+    if lengths.numel() and (longest := int(lengths.max())) > max_seqlen:
+        fail(f"max_seqlen_{side}", f"be at least {longest}, the longest row of `cu_seqlens_{side}`", max_seqlen)
+
+
 def check_block_table(block_table, q, batch: int) -> torch.Tensor:
     """int32 tensor (batch, max_blocks) beside `q`, returned with contiguous rows."""
     if block_table.dim() != 2 or block_table.shape[0] != batch:

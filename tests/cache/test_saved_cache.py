@@ -238,6 +238,10 @@ class TestRefused:
         with pytest.raises(FileNotFoundError):
             PagedCache.load(path.with_name("nowhere"), model.config)
 
+    def test_a_folder_that_is_not_there(self, model, tmp_path):
+        with pytest.raises(FileNotFoundError, match="there is no folder .*nowhere"):
+            PagedCache(model.config).save(tmp_path / "nowhere" / "cache.safetensors")
+
     def test_half_a_file(self, model, path):
         filled(model)[0].save(path)
         path.write_bytes(path.read_bytes()[:-100])

@@ -179,3 +179,19 @@ def test_windows_and_offsets_of_another_kind():
         flash_attn_varlen_func(q, q, q, bounds, bounds, 4, 4, window_size=8)
     with pytest.raises(ArgumentError, match="`cu_seqlens_q` must be an int32 tensor"):
         flash_attn_varlen_func(q, q, q, [0, 4], bounds, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("cu_q", "cu_k", "longest", "message"),
+    [
+        ((0, 3, 8), (0, 3, 7), (5, 5), r"`cu_seqlens_q` must rise from 0 to at most 7, .* got \[0, 3, 8\]"),
+        ((0, 3, 7), (0, 5, 3), (5, 5), r"`cu_seqlens_k` must rise from 0 to at most 7"),
+        ((-1, 3, 7), (0, 3, 7), (5, 5), r"`cu_seqlens_q` must rise from 0"),
+        ((0, 3, 7), (0, 3, 7), (3, 5), r"`max_seqlen_q` must be at least 4, the longest row of `cu_seqlens_q`, got 3"),
+        ((0, 3, 7), (0, 3, 7), (5, 1), r"`max_seqlen_k` must be at least 4"),
+    ],
+)
+def test_rows_outside_of_packed_tensors_are_refused(cu_q, cu_k, longest, message):
+    q = torch.zeros(7, 2, 16)
+    with pytest.raises(ArgumentError, match=message):
+        flash_attn_varlen_func(q, q, q, int32(*cu_q), int32(*cu_k), *longest)
