@@ -269,6 +269,7 @@ def _nobody_watches(*tensors: torch.Tensor) -> bool:
     """Whether a call may pass by torch's dispatcher: nothing traces, counts or transforms it, or has an own one."""
     return (
         not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
         and not is_in_torch_dispatch_mode()
         and not torch._C._are_functorch_transforms_active()
         and all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_paged_flash.errors import UnsupportedFeatureError
 from hf_paged_flash.ops import flash_attn_func, flash_attn_with_kvcache, library
@@ -188,3 +189,42 @@ def test_public_functions_compile_in_one_graph():
     for a, b in zip((*expected, *eager_caches), (*actual, *compiled_caches), strict=True):
         torch.testing.assert_close(a, b)
     assert eager_caches[0].any()
+
+
+class _Watch(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_whoever_watches_sees_operators(needs_grad):
+    q = torch.randn(1, 4, 2, 16, requires_grad=needs_grad)
+    with _Watch() as watch:
+        out = flash_attn_func(q, q, q)
+        if needs_grad:
+            out.sum().backward()
+    assert "hf_paged_flash.flash_forward.default" in watch.seen
+    assert ("hf_paged_flash.flash_backward.default" in watch.seen) == needs_grad
+
+
+def test_a_traced_module_holds_the_operator():
+    traced = torch.jit.trace(lambda q: flash_attn_func(q, q, q), torch.randn(1, 4, 2, 16))
+    assert "hf_paged_flash::flash_forward" in str(traced.graph)
+    q = torch.randn(1, 4, 2, 16)
+    torch.testing.assert_close(traced(q), flash_attn_func(q, q, q))
+
+
+def test_an_eager_step_passes_by_the_dispatcher(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("the operator was called")
+
+    monkeypatch.setattr(library, "flash_forward", refuse)
+    monkeypatch.setattr(library, "flash_backward", refuse)
+    q = torch.randn(1, 4, 2, 16, requires_grad=True)
+    flash_attn_func(q, q, q).sum().backward()
+    assert q.grad is not None
