@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from hf_paged_flash import PagedCache, UnsupportedFeatureError, counters, reset_counters
+from hf_paged_flash.patches.base import cache_name
 from tests.tiny_models import ragged_batch, randomize
 
 LENGTHS = (30, 7, 19)
@@ -116,7 +117,7 @@ def caches_of(model, monkeypatch):
     seen, forward = [], model.forward
 
     def watched(*args, **kwargs):
-        if (cache := kwargs.get("past_key_values")) is not None and not any(cache is one for one in seen):
+        if (cache := kwargs.get(cache_name(kwargs))) is not None and not any(cache is one for one in seen):
             seen.append(cache)
         return forward(*args, **kwargs)
 
