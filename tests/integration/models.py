@@ -1,8 +1,8 @@
 """Pairs of one tiny model under eager and under paged_flash, loaded from disk as a user loads them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -85,3 +85,8 @@ def held(cache: PagedCache, lengths: Sequence[int]) -> tuple[int, int]:
         tokens.append(sum(length - size * skipped for length, skipped in zip(lengths, first, strict=True)))
         blocks += sum(-(-length // size) - skipped for length, skipped in zip(lengths, first, strict=True))
     return max(tokens), blocks
+
+
+def pairs_of(make: Callable) -> Callable:
+    """Gives a model type's (eager, paged_flash) models, each made once by `make(model_type, implementation)`."""
+    return cache(lambda model_type: (make(model_type, "eager"), make(model_type, "paged_flash")))

@@ -14,6 +14,7 @@ from transformers import (
 
 from hf_paged_flash import PagedCache, UnsupportedFeatureError, counters, reset_counters
 from hf_paged_flash.patches.base import cache_name
+from tests.integration.models import pairs_of
 from tests.tiny_models import ragged_batch, randomize
 
 LENGTHS = (30, 7, 19)
@@ -85,14 +86,7 @@ def make(model_type, implementation, seed=0):
 
 @pytest.fixture(scope="module")
 def pairs():
-    made = {}
-
-    def of(model_type):
-        if model_type not in made:
-            made[model_type] = make(model_type, "eager"), make(model_type, "paged_flash")
-        return made[model_type]
-
-    return of
+    return pairs_of(make)
 
 
 @pytest.fixture(params=_CONFIGS)

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from hf_paged_flash import PagedCache, counters, reset_counters
+from tests.integration.models import pairs_of
 from tests.pattern_models import CONFIGS, IMAGE_TOKEN, build, image_inputs
 from tests.tiny_models import randomize
 
@@ -38,14 +39,7 @@ def make(model_type, implementation):
 
 @pytest.fixture(scope="module")
 def pairs():
-    made = {}
-
-    def of(model_type):
-        if model_type not in made:
-            made[model_type] = make(model_type, "eager"), make(model_type, "paged_flash")
-        return made[model_type]
-
-    return of
+    return pairs_of(make)
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
