@@ -1,17 +1,21 @@
 """README's pictures, made from the rows in eval/results.
 
-Attention's TFLOP/s by sequence length, forward and backward; and what K/V caches reserve over time, by workload.
+Attention's TFLOP/s by sequence length, forward and backward; what K/V caches reserve over time, by workload; and
+generate()'s steps, by batch and over a long call.
 
-python -m hf_paged_flash.eval.plots            # writes eval/assets/flash_attention.svg and eval/assets/memory.svg
+python -m hf_paged_flash.eval.plots            # writes eval/assets/*.svg of what has been measured
 """
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from hf_paged_flash.eval.generate_tables import batch_name, batch_rows, by_variant, generate_rows, variant_name
 from hf_paged_flash.eval.report import launch
-from hf_paged_flash.eval.tables import IMPLEMENTATIONS, attention_rows, memory_rows
+from hf_paged_flash.eval.table_kinds import attention_rows, memory_rows
+from hf_paged_flash.eval.table_parts import IMPLEMENTATIONS, NoRows
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -24,6 +28,7 @@ STYLES = {
     "flex": {"color": "#CC79A7", "marker": "v"},
 }
 CACHES = {"dynamic": "#56B4E9", "static": "#CC79A7", "paged": "#D55E00"}
+GENERATORS = {"paged_flash": "#D55E00", "dynamic_sdpa": "#56B4E9", "static_compile": "#CC79A7"}
 PASSES = {"fwd": "forward", "bwd": "backward"}
 HEAD_DIMS = (128, 64)
 
@@ -109,6 +114,51 @@ def draw_memory(rows: list[dict], path: Path) -> None:
     _save(figure, rows, path)
 
 
+def draw_generate(rows: list[dict], path: Path) -> None:
+    """Writes the picture of decode steps by batch to `path`: a mark an implementation, and a line at the floor."""
+    pyplot = _pyplot()
+    cases = {batch_name(json.loads(case)): variants for case, variants in by_variant(rows).items()}
+    figure, axis = pyplot.subplots(figsize=(9, 1.5 + 0.4 * len(cases)), layout="constrained")
+    drawn = {}
+    for place, variants in enumerate(cases.values()):
+        for variant, values in variants.items():
+            if "decode_ms" not in values:
+                continue
+            style = {"color": GENERATORS[variant[0]], "marker": "o" if variant[1] is None else "D", "linestyle": ""}
+            (drawn[variant_name(variant)],) = axis.plot(values["decode_ms"], place, **style)
+            drawn["floor"] = axis.vlines(values["floor_ms"], place - 0.4, place + 0.4, color="black", linewidth=1.2)
+    axis.set_yticks(range(len(cases)), cases)
+    axis.invert_yaxis()
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.grid(alpha=0.3)
+    axis.set_xlabel("ms a decode step, " + ", ".join(dict.fromkeys(row["gpu"] for row in rows)))
+    figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=4)
+    _save(figure, rows, path)
+
+
+def step_rows(folder: Path) -> list[dict]:
+    """The rows that the picture of a long call shows."""
+    return generate_rows(folder, lambda row: row["metric"] == "step_ms")
+
+
+def draw_steps(rows: list[dict], path: Path) -> None:
+    """Writes the picture of the time of a step by how many came before it to `path`."""
+    pyplot = _pyplot()
+    figure, axis = pyplot.subplots(figsize=(9, 3.2), layout="constrained")
+    for case, variants in by_variant(rows).items():
+        for variant, values in variants.items():
+            style = {"color": GENERATORS[variant[0]], "linestyle": "-" if variant[1] is None else "--"}
+            label = f"{batch_name(json.loads(case))}, {variant_name(variant)}"
+            axis.plot(*zip(*values["step_ms"], strict=True), **style, label=label)
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+    axis.set_xlabel("new tokens")
+    axis.set_ylabel("ms a step")
+    axis.legend()
+    _save(figure, rows, path)
+
+
 def _pyplot():
     import matplotlib
 
@@ -125,6 +175,11 @@ def _save(figure, rows: list[dict], path: Path) -> None:
     _pyplot().close(figure)
 
 
+def dense_attention(folder: Path) -> list[dict]:
+    """The rows that the picture of attention's speed shows."""
+    return [row for row in attention_rows(folder) if "packed" not in row["case"]]
+
+
 def timelines(folder: Path) -> list[dict]:
     """The rows that the picture of K/V memory shows."""
     return [row for row in memory_rows(folder, counted=True) if row["metric"] == "gib_over_time"]
@@ -134,15 +189,24 @@ def timelines(folder: Path) -> list[dict]:
 def main(
     out: Annotated[Path | None, typer.Option(help="folder to write to; default: eval/assets")] = None,
 ) -> None:
-    """Draws attention's speed by sequence length and K/V memory over time from the newest results of a checkout."""
+    """Draws the pictures from the newest results of a checkout; what has not been measured is left out."""
     folder = Path(__file__).resolve().parent
     if not (folder.parent / "pyproject.toml").is_file():
         raise FileNotFoundError(f"no results beside {folder}: run this in a checkout")
-    out = out or folder / "assets"
-    attention = [row for row in attention_rows(folder / "results") if "packed" not in row["case"]]
-    draw(attention, out / "flash_attention.svg")
-    draw_memory(timelines(folder / "results"), out / "memory.svg")
-    print(out / "flash_attention.svg", out / "memory.svg", sep="\n")
+    pictures = {
+        "flash_attention": (dense_attention, draw),
+        "memory": (timelines, draw_memory),
+        "generate": (batch_rows, draw_generate),
+        "generate_steps": (step_rows, draw_steps),
+    }
+    for name, (rows_of, picture) in pictures.items():
+        try:
+            rows = rows_of(folder / "results")
+        except NoRows:
+            continue
+        path = (out or folder / "assets") / f"{name}.svg"
+        picture(rows, path)
+        print(path)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,16 @@ UNITS = {
     "reserved_gib": "GiB",
     "stored_gib": "GiB",
     "waste_pct": "%",
+    "prefill_ms": "ms",
+    "decode_ms": "ms",
+    "floor_ms": "ms",
+    "replay_ms": "ms",
+    "ttft_cold_ms": "ms",
+    "ttft_process_ms": "ms",
+    "ttft_ms": "ms",
+    "step_ms": "[token, ms]",
+    "tok_s": "tokens/s",
+    "torch_peak_gib": "GiB",
     "gib_over_time": "[forward, GiB reserved, GiB stored]",
 }
 

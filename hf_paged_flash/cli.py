@@ -72,6 +72,12 @@ def bench_paged_decode(context: typer.Context) -> None:
     _hand_over(context, "hf_paged_flash.eval.bench.paged_decode")
 
 
+@bench.command("generate", context_settings=PASSED_ON)
+def bench_generate(context: typer.Context) -> None:
+    """generate() with random weights, or on your own model, against DynamicCache and StaticCache."""
+    _hand_over(context, "hf_paged_flash.eval.bench.generate")
+
+
 @app.command()
 def info() -> None:
     """Show versions, the backend, what would run on each device and why, and what is registered in transformers."""

@@ -28,6 +28,7 @@ def run(*arguments):
         (["bench", "flash-attention"], "--masks"),
         (["bench", "paged-decode"], "--block-sizes"),
         (["bench", "training"], "--hidden-size"),
+        (["bench", "generate"], "--static-cases"),
         (["bench", "attention-memory"], "--heads"),
     ],
 )

@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from hf_paged_flash.eval import plots, tables
+from hf_paged_flash.eval import plots
 
 CHECKOUT = Path(plots.__file__).resolve().parent.parent
 
@@ -52,6 +52,33 @@ def test_memory_picture(tmp_path):
     assert all(word in text for word in ("runs a-run", "one workload", "a third", "PagedCache", "still needed"))
 
 
+def generated(metric, value, impl="paged_flash", compiled=None, **case):
+    shape = {"model": "llama-8b", "b": 1, "prompt": 512, "new": 128, "compile": compiled} | case
+    return {"run": "a-run", "gpu": "GPU", "impl": impl, "metric": metric, "value": value, "case": shape}
+
+
+def test_pictures_of_generate(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [
+        generated(metric, value, impl, mode, b=b)
+        for b in (1, 32)
+        for impl, mode in (("paged_flash", None), ("paged_flash", "default"), ("dynamic_sdpa", None))
+        for metric, value in (("decode_ms", 5.0), ("floor_ms", 4.0))
+    ]
+    plots.draw_generate([*rows, generated("out_of_memory", 1, "static_compile", b=32)], tmp_path / "it.svg")
+    text = (tmp_path / "it.svg").read_text()
+    ElementTree.fromstring(text)
+    words = ("runs a-run", "B32, prompt 512", "compiled (default)", "DynamicCache", "floor")
+    assert all(word in text for word in words)
+    assert "StaticCache" not in text
+    series = [[64, 5.0], [128, 5.1]]
+    plots.draw_steps([generated("step_ms", series, impl, new=8192) for impl in ("paged_flash", "dynamic_sdpa")],
+                     tmp_path / "it.svg")  # fmt: skip
+    text = (tmp_path / "it.svg").read_text()
+    ElementTree.fromstring(text)
+    assert all(word in text for word in ("runs a-run", "new tokens", "DynamicCache + sdpa", "prompt 512"))
+
+
 def test_readme_shows_the_memory_of_the_committed_results():
     picture = CHECKOUT / "eval" / "assets" / "memory.svg"
     if not (CHECKOUT / "README.md").is_file():
@@ -66,6 +93,5 @@ def test_readme_shows_the_committed_results():
     if not (CHECKOUT / "README.md").is_file():
         pytest.skip("no checkout")
     assert "(eval/assets/flash_attention.svg)" in (CHECKOUT / "README.md").read_text(encoding="utf-8")
-    rows = [row for row in tables.attention_rows(CHECKOUT / "eval" / "results") if "packed" not in row["case"]]
-    runs = ", ".join(dict.fromkeys(row["run"] for row in rows))
+    runs = ", ".join(dict.fromkeys(row["run"] for row in plots.dense_attention(CHECKOUT / "eval" / "results")))
     assert f"runs {runs}" in picture.read_text(encoding="utf-8"), "run python -m hf_paged_flash.eval.plots"

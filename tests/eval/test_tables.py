@@ -120,6 +120,51 @@ def test_memory_by_workload(tmp_path):
     assert "| one workload | 3.00 | – | out of memory | 4.50 (0.50) |" in tables.table_of("memory_measured", tmp_path)
 
 
+def generated(run, impl, compiled=None, *, case=None, **values):
+    shape = {"model": "llama-8b", "b": 1, "prompt": 512, "new": 128, "compile": compiled} | (case or {})
+    return [{"run": run, "case": shape, "impl": impl, "metric": m, "value": v} for m, v in values.items()]
+
+
+def test_generate(tmp_path):
+    bounds = {"floor_ms": 4.0, "replay_ms": 5.0}
+    rest = {"prefill_ms": 30.0, "tok_s": 1500.0, "peak_gib": 0.25, **bounds}
+    write(
+        tmp_path / "generate.jsonl",
+        {"run": "new", "case": {"bytes": 1}, "impl": "copy", "metric": "gbps", "value": 4000.0},
+        *generated("old", "static_compile", decode_ms=99.0, **rest),
+        *generated("new", "paged_flash", decode_ms=6.0, **rest),
+        *generated("new", "paged_flash", "default", decode_ms=5.0, **rest),
+        *generated("new", "dynamic_sdpa", decode_ms=24.0, **rest),
+        *generated("new", "static_compile", case={"b": 32}, out_of_memory=1),
+        *generated("other", "paged_flash", case={"prompt": "ragged", "tokens": 23545}, decode_ms=8.0,
+                   prefill_ms=500.0, tok_s=9.0, floor_ms=4.0),
+    )  # fmt: skip
+    text = tables.table_of("generate", tmp_path)
+    assert "99" not in text and text.count("commit") == 2
+    assert "| llama-8b, B1, prompt 512 | paged_flash | 30 | 6.00 | 1.50 | 1.20 | 0.25 | 1,500 | 0.25 |" in text
+    assert "| paged_flash, compiled (default) | 30 | 5.00 | 1.25 | 1.00 | 0.21 |" in text
+    assert "| llama-8b, B32, prompt 512 | StaticCache + compile | out of memory |" in text
+    assert "ragged prompts of 23,545 tokens in all | paged_flash | 500 | 8.00 | 2.00 | – | – | 9 | – |" in text
+    assert tables.table_of("first_token", tmp_path) == "Not measured yet."
+
+
+def test_first_token(tmp_path):
+    cold = {"ttft_cold_ms": 9000.0, "ttft_process_ms": 900.0, "ttft_ms": 30.0}
+    prefix = [{"prompt": 2050, "new": 1, "prefix": tokens} for tokens in (0, 2000)]
+    write(
+        tmp_path / "generate.jsonl",
+        *generated("a", "paged_flash", case={"new": 1}, **cold),
+        *generated("a", "dynamic_sdpa", case={"new": 1}, ttft_ms=40.0),
+        *generated("a", "paged_flash", case=prefix[0], ttft_ms=70.0),
+        *generated("a", "paged_flash", case=prefix[1], ttft_ms=20.0),
+    )
+    text = tables.table_of("first_token", tmp_path)
+    assert "| llama-8b, prompt of 512 | paged_flash | 9,000 | 900 | 30 |" in text
+    assert "| llama-8b, prompt of 512 | DynamicCache + sdpa | – | – | 40 |" in text
+    assert "| llama-8b, prompt of 2,050 | paged_flash | – | – | 70 |" in text
+    assert "| llama-8b, prompt of 2,050, 2,000 of them cached | paged_flash | – | – | 20 |" in text
+
+
 def test_readme_holds_the_committed_results():
     readme = CHECKOUT / "README.md"
     if not readme.is_file():

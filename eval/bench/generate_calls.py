@@ -1,0 +1,185 @@
+"""One implementation's generate(), timed: prefill, steps, and memory at its peak."""
+
+import gc
+import statistics
+import time
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from transformers import CompileConfig, PreTrainedModel, StoppingCriteria
+
+from hf_paged_flash import CacheFullError
+from hf_paged_flash.eval.bench.generate_cases import Case
+from hf_paged_flash.eval.report import reason_of
+
+# {implementation: (what attends, options of generate())}
+IMPLEMENTATIONS = {
+    "paged_flash": ("paged_flash", {}),
+    "dynamic_sdpa": ("sdpa", {}),
+    "static_compile": ("sdpa", {"cache_implementation": "static"}),
+}
+# Steps of a warm-up: peers compile in the first few. Ours runs to the end, as it may capture one graph for each width.
+WARM_STEPS = 8
+CHECKED_STEPS = 4
+REPEATED_MS = 1000.0  # a prefill is timed again while all its runs stay within this
+
+
+@dataclass
+class Measured:
+    """Of one implementation's calls; without numbers where `reason` says why.
+
+    Attributes:
+        peak: bytes of the device over the weights; torch_peak: of torch's allocator alone. None on a CPU.
+        logits: (CHECKED_STEPS, B, vocabulary) fp32, of the first steps; tokens: (CHECKED_STEPS, B), what followed.
+    """
+
+    prefill_ms: float | None = None
+    decode_ms: float | None = None
+    tok_s: float | None = None
+    peak: int | None = None
+    torch_peak: int | None = None
+    reason: str | None = None
+    logits: torch.Tensor | None = field(default=None, repr=False)
+    tokens: torch.Tensor | None = field(default=None, repr=False)
+
+
+class Until(StoppingCriteria):
+    """Ends a call at so many columns; for calls that are not timed."""
+
+    def __init__(self, columns: int) -> None:
+        self.columns = columns
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        return torch.full(input_ids.shape[:1], input_ids.shape[1] >= self.columns, device=input_ids.device)
+
+
+class StepClock(StoppingCriteria):
+    """Notes when each token was there, on the device's own clock and without waiting for it; ends nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.marks = device, []
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        if self.device.type == "cuda":
+            self.marks.append(torch.cuda.Event(enable_timing=True))
+            self.marks[-1].record()
+        else:
+            self.marks.append(time.perf_counter())
+        return torch.zeros(input_ids.shape[:1], dtype=torch.bool, device=input_ids.device)
+
+    def step_ms(self) -> list[float]:
+        """Milliseconds from each token to the next."""
+        wait_for(self.device)
+        pairs = zip(self.marks, self.marks[1:], strict=False)
+        if self.device.type == "cuda":
+            return [start.elapsed_time(end) for start, end in pairs]
+        return [(end - start) * 1e3 for start, end in pairs]
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _in_use(device: torch.device) -> int:
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free
+
+
+def take(model: PreTrainedModel, impl: str) -> None:
+    """Lets go of what a measurement left (graphs, compiled code, the length of a StaticCache) and takes up `impl`."""
+    model.set_attn_implementation("eager")
+    for name in ("_previous_max_cache_length", "_compiled_call", "_last_compile_config"):
+        vars(model).pop(name, None)
+    torch.compiler.reset()
+    gc.collect()
+    if model.device.type == "cuda":
+        wait_for(model.device)
+        torch.cuda.empty_cache()
+    model.set_attn_implementation(IMPLEMENTATIONS[impl][0])
+
+
+def options_of(impl: str, compiled: str | None) -> dict:
+    """What generate() is called with; `compiled` is a mode of torch.compile, or None for what it does by itself."""
+    chosen = {} if compiled is None else {"compile_config": CompileConfig(mode=compiled)}
+    return IMPLEMENTATIONS[impl][1] | chosen
+
+
+def timed_ms(call) -> float:
+    """Milliseconds of one call, by the clock; it leaves a tensor of tokens, so that the device is known."""
+    start = time.perf_counter()
+    wait_for(call().device)
+    return (time.perf_counter() - start) * 1e3
+
+
+def measure(model: PreTrainedModel, impl: str, compiled: str | None, case: Case) -> Measured:
+    """`impl` on one batch; what does not fit in memory is a `reason`, and what a peer raises."""
+    take(model, impl)
+    measured = Measured()
+    torch._dynamo.utils.counters.clear()
+    try:
+        _measure(model, impl, options_of(impl, compiled), case, measured)
+    except (torch.OutOfMemoryError, CacheFullError):
+        measured = Measured(reason="out of memory")
+    except Exception as error:  # of whatever kind; that of ours is for whoever runs this
+        if impl == "paged_flash":
+            raise
+        measured = Measured(reason=reason_of(error))
+    compiles = compiled is not None or impl == "static_compile"
+    if compiles and model.device.type == "cuda" and not torch._dynamo.utils.counters["stats"]["unique_graphs"]:
+        measured = Measured(reason=measured.reason or "asked to compile, but nothing was compiled")
+    return measured
+
+
+def _measure(model: PreTrainedModel, impl: str, options: dict, case: Case, measured: Measured) -> None:
+    device, (ids, mask) = model.device, case.batch(model)
+    generate = partial(model.generate, ids, attention_mask=mask, max_new_tokens=case.new, **options)
+    tiny = torch.full((2, 64), 5, device=device)
+    model.generate(tiny, attention_mask=torch.ones_like(tiny), max_new_tokens=4, disable_compile=True)  # workspaces
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        before, weights = _in_use(device), torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    steps = case.new if impl == "paged_flash" else min(WARM_STEPS, case.new)
+    # a dictionary, which keeps the cache until memory was looked at: pages of ours go back with it
+    warm = generate(return_dict_in_generate=True, stopping_criteria=[Until(ids.shape[1] + steps)])
+    most = _in_use(device) if device.type == "cuda" else 0
+    del warm
+    shown = generate(return_dict_in_generate=True, output_logits=True,
+                     stopping_criteria=[Until(ids.shape[1] + CHECKED_STEPS)])  # fmt: skip
+    measured.logits = torch.stack(shown.logits).cpu()
+    measured.tokens = shown.sequences[:, ids.shape[1] :].T.cpu()
+    del shown
+    times = [timed_ms(partial(generate, max_new_tokens=1))]
+    while len(times) < 5 and sum(times) + times[0] < REPEATED_MS:
+        times.append(timed_ms(partial(generate, max_new_tokens=1)))
+    whole = timed_ms(generate)
+    measured.prefill_ms = statistics.median(times)
+    measured.decode_ms = (whole - measured.prefill_ms) / (case.new - 1)
+    measured.tok_s = case.new * len(ids) / whole * 1e3
+    if device.type == "cuda":
+        # what torch's allocator took for the other calls it has still
+        measured.peak = max(most, _in_use(device)) - before
+        measured.torch_peak = torch.cuda.max_memory_allocated(device) - weights
+
+
+def difference(ours: Measured, theirs: Measured) -> float:
+    """The largest ||x - y|| / ||y|| of a row's logits in a step that both reached by the same tokens; NaN stays."""
+    same = (ours.tokens == theirs.tokens).cummin(0).values
+    reached = torch.cat([torch.ones_like(same[:1]), same[:-1]])
+    apart = torch.linalg.vector_norm(ours.logits - theirs.logits, dim=-1)
+    ratios = apart / torch.linalg.vector_norm(theirs.logits, dim=-1)
+    return float(ratios[reached].max())
+
+
+def step_ms(model: PreTrainedModel, impl: str, compiled: str | None, case: Case) -> list[float]:
+    """The time of each step of one long call, after a short one."""
+    take(model, impl)
+    ids, mask = case.batch(model)
+    clock = StepClock(model.device)
+    generate = partial(model.generate, ids, attention_mask=mask, max_new_tokens=case.new, **options_of(impl, compiled))
+    generate(stopping_criteria=[Until(ids.shape[1] + WARM_STEPS)])
+    generate(stopping_criteria=[clock])
+    return clock.step_ms()
