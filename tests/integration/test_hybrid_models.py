@@ -117,14 +117,17 @@ METHODS = {
 NEW = 24
 
 
+def hybrid_config(model_type, **changes):
+    return AutoConfig.for_model(model_type, **_COMMON | _MODELS[model_type][0] | changes)
+
+
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     made = {}
 
     def of(model_type):
         if model_type not in made:
-            config = AutoConfig.for_model(model_type, **_COMMON | _MODELS[model_type][0])
-            made[model_type] = load_pair(config, tmp_path_factory.mktemp(model_type))
+            made[model_type] = load_pair(hybrid_config(model_type), tmp_path_factory.mktemp(model_type))
         return made[model_type]
 
     return of
