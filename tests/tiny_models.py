@@ -64,8 +64,8 @@ MODEL_TYPES = tuple(_CONFIGS)
 
 
 def tiny_config(model_type: str, **changes) -> PreTrainedConfig:
-    """The configuration of a tiny `model_type`, one of MODEL_TYPES, with `changes` of its arguments."""
-    return AutoConfig.for_model(model_type, **_CONFIGS[model_type] | changes)
+    """The configuration of a tiny `model_type` with `changes` of its arguments; of MODEL_TYPES, else of llama's sizes."""
+    return AutoConfig.for_model(model_type, **_CONFIGS.get(model_type, _COMMON) | changes)
 
 
 def tiny_model(

@@ -3,21 +3,14 @@
 import pytest
 
 from hf_paged_flash import backend
-from tests.integration.models import Pair, attentive_config, load_pair
+from tests.integration.models import Pair, attentive_config, loaded_pairs
 from tests.tiny_models import MODEL_TYPES
 
 
 @pytest.fixture(scope="session")
 def load(tmp_path_factory):
     """A function from a model type to its `Pair`, loaded once a session."""
-    pairs: dict[str, Pair] = {}
-
-    def of(model_type: str) -> Pair:
-        if model_type not in pairs:
-            pairs[model_type] = load_pair(attentive_config(model_type), tmp_path_factory.mktemp(model_type))
-        return pairs[model_type]
-
-    return of
+    return loaded_pairs(attentive_config, tmp_path_factory)
 
 
 @pytest.fixture(params=MODEL_TYPES)

@@ -52,6 +52,11 @@ def load_pair(config: PreTrainedConfig, directory: Path) -> Pair:
     return Pair(*models)
 
 
+def loaded_pairs(config_of: Callable[[str], PreTrainedConfig], folders) -> Callable[[str], Pair]:
+    """Gives a model type's `Pair`, each loaded once from a folder of `folders`, pytest's `tmp_path_factory`."""
+    return cache(lambda model_type: load_pair(config_of(model_type), folders.mktemp(model_type)))
+
+
 def new_tokens(
     model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, **options
 ) -> torch.Tensor:

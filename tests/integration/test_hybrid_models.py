@@ -2,24 +2,11 @@
 
 import pytest
 import torch
-from transformers import AutoConfig
 
 from hf_paged_flash import CacheFullError, PagedCache, PagedFlashError, UnsupportedFeatureError, counters
-from tests.integration.models import load_pair, new_tokens
-from tests.tiny_models import ragged_batch
+from tests.integration.models import loaded_pairs, new_tokens
+from tests.tiny_models import ragged_batch, tiny_config
 
-_COMMON = dict(
-    vocab_size=97,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=512,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=None,
-)
 _MAMBA2 = dict(mamba_n_heads=8, mamba_d_head=16, mamba_n_groups=1, mamba_d_state=8, mamba_chunk_size=16)
 _STATE, _KEYS, _BOTH = "LinearAttentionLayer", "PagedLayer", "PagedHybridLayer"
 # {model type: (its arguments, its layers in the cache)}
@@ -118,19 +105,12 @@ NEW = 24
 
 
 def hybrid_config(model_type, **changes):
-    return AutoConfig.for_model(model_type, **_COMMON | _MODELS[model_type][0] | changes)
+    return tiny_config(model_type, **{"num_hidden_layers": 4} | _MODELS[model_type][0] | changes)
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    made = {}
-
-    def of(model_type):
-        if model_type not in made:
-            made[model_type] = load_pair(hybrid_config(model_type), tmp_path_factory.mktemp(model_type))
-        return made[model_type]
-
-    return of
+    return loaded_pairs(hybrid_config, tmp_path_factory)
 
 
 def both(pair, input_ids, mask, **options):

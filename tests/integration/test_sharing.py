@@ -6,13 +6,13 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, DynamicCache
+from transformers import DynamicCache
 from transformers.generation.utils import GenerationMixin
 
 from hf_paged_flash import PagedCache, counters
 from hf_paged_flash.cache.layer_pools import LayerPools
 from tests.integration.models import Pair, attentive_config, new_tokens, unpadded_runs
-from tests.tiny_models import VOCAB_SIZE, ragged_batch, tiny_model
+from tests.tiny_models import VOCAB_SIZE, ragged_batch, tiny_config, tiny_model
 
 LENGTHS = (30, 7, 1)
 NEW = 12
@@ -105,9 +105,7 @@ def _assistant(pair: Pair):
 
 def test_an_assistant_with_convolutions_takes_its_tokens_back(tmp_path):
     """The layers that keep their own state must be told to remember it, on the assistant's PagedCache too."""
-    shape = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
-    shape |= {"num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
-    config = AutoConfig.for_model("lfm2", **shape, num_hidden_layers=2, layer_types=["conv", "full_attention"])
+    config = tiny_config("lfm2", num_hidden_layers=2, layer_types=["conv", "full_attention"])
     eager, paged = (tiny_model(config, name) for name in ("eager", "paged_flash"))
     input_ids, _ = ragged_batch([20], None)
     for seed in (0, 1):

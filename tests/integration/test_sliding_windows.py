@@ -1,14 +1,16 @@
 """Generations much longer than the sliding window: eager's tokens, and memory that stays flat."""
 
+from functools import partial
+
 import pytest
 import torch
-from transformers import AutoConfig, DynamicCache
+from transformers import DynamicCache
 
 from hf_paged_flash import ArgumentError, PagedCache
 from hf_paged_flash.cache import PagedLayer
 from hf_paged_flash.cache.page_group import PageGroup
-from tests.integration.models import attentive_config, held, load_pair, new_tokens
-from tests.tiny_models import ragged_batch, tiny_model
+from tests.integration.models import attentive_config, held, loaded_pairs, new_tokens
+from tests.tiny_models import VOCAB_SIZE, ragged_batch, tiny_config, tiny_model
 
 WINDOW = 8
 LENGTHS = (30, 7, 19, 1)
@@ -18,15 +20,7 @@ MODELS = ("mistral", "gemma3_text", "gpt_oss")
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    made = {}
-
-    def of(model_type):
-        if model_type not in made:
-            config = attentive_config(model_type, sliding_window=WINDOW)
-            made[model_type] = load_pair(config, tmp_path_factory.mktemp(model_type))
-        return made[model_type]
-
-    return of
+    return loaded_pairs(partial(attentive_config, sliding_window=WINDOW), tmp_path_factory)
 
 
 @pytest.fixture(params=MODELS)
@@ -235,15 +229,10 @@ def test_rows_end_where_they_are_chosen(pair):
 
 def test_layers_of_other_sizes_and_layers_that_share_keys():
     """Gemma 4: global layers 512 wide with a KV head of their own, and layers that read an earlier one's keys."""
-    config = AutoConfig.for_model(
+    config = tiny_config(
         "gemma4_text",
-        vocab_size=97,
-        vocab_size_per_layer_input=97,
-        hidden_size=64,
-        intermediate_size=96,
+        vocab_size_per_layer_input=VOCAB_SIZE,
         num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         head_dim=16,
         global_head_dim=512,
         num_global_key_value_heads=1,
@@ -252,9 +241,6 @@ def test_layers_of_other_sizes_and_layers_that_share_keys():
         num_kv_shared_layers=2,
         hidden_size_per_layer_input=16,
         tie_word_embeddings=False,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=None,
         layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
     )
     eager, paged = tiny_model(config, "eager"), tiny_model(config, "paged_flash")
