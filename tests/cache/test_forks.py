@@ -336,6 +336,24 @@ class TestOnePool:
             assert torch.equal(logits, extend(model, PagedCache(model.config), ragged_batch([9], None)[0]))
         assert cache.memory().bytes_reserved == 2 * 16 * ROW_BYTES
 
+    def test_what_comes_after_reset_may_have_another_dtype(self, model):
+        """Also in a cache that still holds layers of the old pools."""
+        cache, _, _ = filled(model)
+        assert cache.layers[0].pool.key.dtype == torch.float32
+        forks = cache.fork(), cache.fork()
+        cache.reset()
+        forks[0].release([0, 1, 2])
+        forks[1].reset()
+        narrow = copy.deepcopy(model).to(torch.bfloat16)
+        for one in (forks[0], cache):
+            input_ids = ragged_batch([9], None)[0]
+            assert torch.equal(extend(narrow, one, input_ids), extend(narrow, PagedCache(model.config), input_ids))
+            assert one.layers[0].pool.key.dtype == torch.bfloat16
+        for one in (cache, *forks):
+            one.reset()
+        assert torch.equal(extend(model, cache, input_ids), extend(model, PagedCache(model.config), input_ids))
+        assert cache.layers[0].pool.key.dtype == torch.float32
+
     def test_pickled_alone_and_together(self, model):
         cache, input_ids, mask = filled(model)
         fork = cache.fork([0, 1])
