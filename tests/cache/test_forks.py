@@ -377,8 +377,8 @@ class TestOnePool:
 class TestHostTime:
     """At 64 rows of 8,192 tokens in blocks of 16. The thread's own time, best of many runs: other work adds to it.
 
-    What shares its core and caches with another one runs slower all along: the budget grows by as much as a fixed piece
-    of work, measured between the runs, takes longer than on the idle machine that this was set on.
+    Whoever shares a core and its caches is slower all along: the budget grows by as much as a fixed piece of work,
+    measured between the runs, takes longer than on the idle machine that this was set on.
     """
 
     BUDGET = 1e-3
