@@ -64,7 +64,7 @@ MODEL_TYPES = tuple(_CONFIGS)
 
 
 def tiny_config(model_type: str, **changes) -> PreTrainedConfig:
-    """The configuration of a tiny `model_type` with `changes` of its arguments; of MODEL_TYPES, else of llama's sizes."""
+    """The configuration of a tiny `model_type` with `changes`; its sizes, if it is not of MODEL_TYPES, are llama's."""
     return AutoConfig.for_model(model_type, **_CONFIGS.get(model_type, _COMMON) | changes)
 
 

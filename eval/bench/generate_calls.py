@@ -45,12 +45,17 @@ class Measured:
 
 
 class Until(StoppingCriteria):
-    """Ends a call at so many columns; for calls that are not timed."""
+    """Ends a call at so many columns; `most` bytes of the device were in use after some token. It waits, is not timed.
+
+    Looked at within the call: what a PagedCache has mapped is given back at its end, pages are not torch's.
+    """
 
     def __init__(self, columns: int) -> None:
-        self.columns = columns
+        self.columns, self.most = columns, 0
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        if input_ids.is_cuda:
+            self.most = max(self.most, _in_use(input_ids.device))
         return torch.full(input_ids.shape[:1], input_ids.shape[1] >= self.columns, device=input_ids.device)
 
 
@@ -90,6 +95,7 @@ def _in_use(device: torch.device) -> int:
 def take(model: PreTrainedModel, impl: str) -> None:
     """Lets go of what a measurement left (graphs, compiled code, the length of a StaticCache) and takes up `impl`."""
     model.set_attn_implementation("eager")
+    model.measurements = getattr(model, "measurements", 0) + 1  # graphs of our own go with any value that changes
     for name in ("_previous_max_cache_length", "_compiled_call", "_last_compile_config"):
         vars(model).pop(name, None)
     torch.compiler.reset()
@@ -136,17 +142,15 @@ def _measure(model: PreTrainedModel, impl: str, options: dict, case: Case, measu
     device, (ids, mask) = model.device, case.batch(model)
     generate = partial(model.generate, ids, attention_mask=mask, max_new_tokens=case.new, **options)
     tiny = torch.full((2, 64), 5, device=device)
-    model.generate(tiny, attention_mask=torch.ones_like(tiny), max_new_tokens=4, disable_compile=True)  # workspaces
+    model.generate(tiny, attention_mask=torch.ones_like(tiny), max_new_tokens=2)  # workspaces; it captures nothing
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         before, weights = _in_use(device), torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
     steps = case.new if impl == "paged_flash" else min(WARM_STEPS, case.new)
-    # a dictionary, which keeps the cache until memory was looked at: pages of ours go back with it
-    warm = generate(return_dict_in_generate=True, stopping_criteria=[Until(ids.shape[1] + steps)])
-    most = _in_use(device) if device.type == "cuda" else 0
-    del warm
+    warm_up = Until(ids.shape[1] + steps)
+    generate(stopping_criteria=[warm_up])
     shown = generate(return_dict_in_generate=True, output_logits=True,
                      stopping_criteria=[Until(ids.shape[1] + CHECKED_STEPS)])  # fmt: skip
     measured.logits = torch.stack(shown.logits).cpu()
@@ -161,7 +165,7 @@ def _measure(model: PreTrainedModel, impl: str, options: dict, case: Case, measu
     measured.tok_s = case.new * len(ids) / whole * 1e3
     if device.type == "cuda":
         # what torch's allocator took for the other calls it has still
-        measured.peak = max(most, _in_use(device)) - before
+        measured.peak = max(warm_up.most, _in_use(device)) - before
         measured.torch_peak = torch.cuda.max_memory_allocated(device) - weights
 
 
