@@ -131,8 +131,9 @@ class BlockManager:
         )
 
     def append_sharing(self, counts: np.ndarray, source: np.ndarray, blocks: np.ndarray) -> Append:
-        """`append` where row b, of full blocks, begins with the first `blocks[b]` blocks of row `source[b]`, an earlier
-        one that fills them in this very forward; those that it has already don't count.
+        """`append` where row b, of full blocks, begins with the first `blocks[b]` blocks of row `source[b]`.
+
+        That is an earlier row, which fills them in this very forward; those that row b has already stay.
         """
         lengths, held = self.lengths, self.row_blocks()
         self.lengths = np.maximum(lengths, blocks * self.block_size)

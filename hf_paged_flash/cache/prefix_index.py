@@ -6,7 +6,7 @@ import numpy as np
 
 
 class _Entry:
-    """A full block's tokens after those of its `parent`; `below` are the entries that go on from it, by their tokens."""
+    """A full block's tokens after those of its `parent`; `below` are the entries that go on from it, by tokens."""
 
     __slots__ = ("below", "block", "parent", "tokens")
 
@@ -21,7 +21,7 @@ class PrefixIndex:
     The tokens themselves are compared, no hash of them: a block is never taken for another one. Whatever else keys and
     values depend on (the adapters that are on) chooses the root.
 
-    `Blocks` counts a reference for each block in here: its contents stay as long, and whoever writes to it gets a copy.
+    `Blocks` counts a reference for each block in here: its contents stay as long, whoever writes to it gets a copy.
     Along a path the parent was always used after its child, so that the least recently used entries are leaves.
 
     Attributes:
@@ -47,7 +47,7 @@ class PrefixIndex:
         return [data[start : start + size] for start in range(0, len(data) // size * size, size)]
 
     def find(self, root: Hashable, tokens: Sequence[bytes]) -> np.ndarray:
-        """The blocks of the first of these full blocks' `tokens` that are known, int64 (n,); they count as used now."""
+        """The blocks of the first of these full blocks' `tokens` that are known, int64 (n,), and used now."""
         entry, blocks = self._roots.get(root), []
         for each in tokens:
             entry = entry and entry.below.get(each)
@@ -122,7 +122,7 @@ class PrefixIndex:
 def shared_in_batch(rows: Sequence[Sequence[bytes]]) -> tuple[np.ndarray, np.ndarray]:
     """Which rows, given by what their full blocks hold, begin as an earlier one does.
 
-    Returns (source, blocks), both int64 (rows,): row b begins with the first `blocks[b]` full blocks of row `source[b]`.
+    Returns (source, blocks), int64 (rows,): row b begins with the first `blocks[b]` full blocks of row `source[b]`.
     """
     source, blocks = np.arange(len(rows)), np.zeros(len(rows), np.int64)
     known: dict[tuple[int, bytes], tuple[int, int]] = {}  # {(path, tokens): (longer path, row)}

@@ -193,17 +193,18 @@ class Machine(RuleBasedStateMachine):
         try:
             change = fork.manager.append_sharing(counts, source, shared)
         except CacheFullError:
-            fork.rows = [prompt[:length] for prompt, length in zip(prompts, held * self.blocks.block_size, strict=True)]
-            return
-        if data.draw(st.booleans()):
-            self.copy_blocks(change)
-            for row, prompt in enumerate(prompts):
-                self.slots[self.places(fork, row, int(stored[row]), len(prompt))] = prompt[int(stored[row]) :]
-            fork.rows = prompts
+            change = None
         else:
             self.copy_blocks(change)
+        if change is not None and data.draw(st.booleans()):
+            fork.rows = prompts
+            for row, prompt in enumerate(prompts):
+                self.slots[self.places(fork, row, int(stored[row]), len(prompt))] = prompt[int(stored[row]) :]
+            return
+        if change is not None:
             fork.manager.undo(change)
-            fork.rows = [prompt[:length] for prompt, length in zip(prompts, held * self.blocks.block_size, strict=True)]
+        lengths = held * self.blocks.block_size
+        fork.rows = [prompt[:length] for prompt, length in zip(prompts, lengths, strict=True)]
 
     @rule(count=st.one_of(st.none(), st.integers(0, 5)))
     def forget(self, count):
