@@ -89,6 +89,11 @@ class StoredRows:
         return np.pad(known, ((0, 0), (0, self.columns - known.shape[1])), constant_values=True)
 
     @property
+    def holds_tokens(self) -> bool:
+        """Whether a forward finds something stored: columns, or tokens that rows without columns were given."""
+        return self.columns > 0 or bool(self.manager.lengths.any())
+
+    @property
     def is_exact(self) -> bool:
         """Whether `manager.lengths` are the true lengths, not upper bounds."""
         return self._exact
