@@ -24,6 +24,7 @@ class NewTokens:
         indices, cu_seqlens_q: as in `ForwardStep`.
         repeats: each so many rows are alike: one of them is stored, the others share its blocks.
         is_packed: the forward has the new tokens alone, and `real` is bool (batch, columns) among all columns so far.
+        sharing: (source, blocks), what rows begin with that others store, as in `BlockManager.append_sharing`.
     """
 
     real: np.ndarray | None
@@ -34,6 +35,7 @@ class NewTokens:
     cu_seqlens_q: torch.Tensor | None
     repeats: int = 1
     is_packed: bool = False
+    sharing: tuple[np.ndarray, np.ndarray] | None = None
 
 
 @dataclass

@@ -83,7 +83,7 @@ class PageGroup(StoredRows):
         Raises:
             CacheFullError: no room under the cap of `max_blocks`.
         """
-        self.store.blocks.max_blocks = max_blocks
+        self.store.set_cap(max_blocks)
         # pools that take whole pages copy nothing when they grow
         self.store.blocks.growth = 0 if self.pools.is_elastic else GROWTH
         try:
@@ -93,6 +93,8 @@ class PageGroup(StoredRows):
         self._before = replace(self._before, change=change)
 
     def _append(self, new: NewTokens) -> Append:
+        if new.sharing is not None:
+            return self.manager.append_sharing(new.counts, *new.sharing)
         if new.repeats == 1:
             return self.manager.append(new.counts, self._first)
         rows = np.arange(0, self.batch, new.repeats)
@@ -153,7 +155,7 @@ class PageGroup(StoredRows):
             cu_seqlens_q=new.cu_seqlens_q,
             knows_mask=knows_mask,
             is_packed=new.is_packed,
-            has_past=start > 0 or bool(change.lengths.any()),
+            has_past=start > 0 or bool((self.manager.lengths > new.counts).any()),
         )
         self.knows_mask = knows_mask
         self._mask = mask if mask is not None else self._mask

@@ -1,5 +1,7 @@
 """The groups of a cache: all take a forward's tokens together, or none does."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -24,6 +26,7 @@ class PageGroups(list[PageGroup]):
         cross: the groups of the cross-attention cache beside this one; None for none.
         is_cross: whether these hold an encoder's keys, which the queries of another sequence look at.
         repeats: (rows, n), where `rows` rows are stored at once, each n of them are alike and share their blocks.
+        sharing: what rows of the next packed forward begin with that others compute in it, see `NewTokens.sharing`.
         prepared: the forward under way, where its tokens were told before; see prepared_forward.py.
         states_changed: a layer's other state (linear attention, a convolution) has taken in this forward's tokens.
         states_ahead: such a state holds tokens of a forward that was taken back.
@@ -35,6 +38,7 @@ class PageGroups(list[PageGroup]):
         self.cross: PageGroups | None = None
         self.is_cross = False
         self.repeats = (0, 1)
+        self.sharing: tuple[np.ndarray, np.ndarray] | None = None
         self.prepared: PreparedForward | None = None
         self.states_changed = self.states_ahead = False
         self._floor = LengthFloor()
@@ -84,7 +88,7 @@ class PageGroups(list[PageGroup]):
     def begin_packed(self, packed: PackedTokens, device: torch.device) -> None:
         """`begin` for the tokens of a packed forward, see `packed_forward`."""
         self._floor.restart(self[0].manager.lengths)
-        new = packed.new_tokens(self._floor.lengths, self[0].manager.lengths, device)
+        new = packed.new_tokens(self._floor.lengths, device)
         keeps = [group.is_told_to_keep for group in self]
         self._take(new, keeps, packed.mask, packed.real.shape[1], device, knows_mask=True)
 
@@ -118,9 +122,12 @@ class PageGroups(list[PageGroup]):
                 group.copy_shared()
             for group in self:
                 group.begin(new, mask, end, device, knows_mask=knows_mask)
-        except BaseException:
+        except BaseException as error:
             self._refuse(start)
-            raise
+            is_of_device = isinstance(error, CacheFullError) and error.__cause__ is not None
+            if not is_of_device or not any(group.store.forget_kept() for group in self):
+                raise
+            self._take(new, keeps, mask, end, device, knows_mask=knows_mask)
 
     def check(self, batch: int, mask: torch.Tensor | None, q_length: int, *, may_hold_tokens: bool = False) -> None:
         """Begins empty rows where there are no columns; `may_hold_tokens`: those that were given tokens stay.
@@ -281,6 +288,11 @@ class PageGroups(list[PageGroup]):
         """Row i becomes what row `rows[i]` was; blocks are shared, no K/V moves. Nothing while nothing is stored."""
         for group in self:
             group.select(rows)
+
+    def start_from(self, blocks: Sequence[np.ndarray]) -> None:
+        """Begins rows without a column that hold full `blocks[b]`; those there were are gone."""
+        for group in self:
+            group.start_from(blocks)
 
     def fork(self, rows: np.ndarray) -> "PageGroups":
         """Groups of their own whose row i is what row `rows[i]` is here, see `PageGroup.fork`."""

@@ -31,15 +31,21 @@ class PackedTokens:
         mask: bool (batch, columns), which columns are tokens, on the user's device; None where all are.
         counts: int64 (batch,), how many of them a row has.
         indices: int64 (tokens,), their places among batch * columns.
+        stored: int64 (batch,), tokens that a row has before them.
+        sharing: as in `NewTokens`.
     """
 
     real: np.ndarray
     mask: torch.Tensor | None
     counts: np.ndarray
     indices: np.ndarray
+    stored: np.ndarray
+    sharing: tuple[np.ndarray, np.ndarray] | None
 
     @staticmethod
-    def of(attention_mask: torch.Tensor, stored: np.ndarray) -> "PackedTokens":
+    def of(
+        attention_mask: torch.Tensor, stored: np.ndarray, sharing: tuple[np.ndarray, np.ndarray] | None
+    ) -> "PackedTokens":
         """The tokens of `attention_mask`, bool (batch, columns), after the `stored[b]` first ones of each row b.
 
         Waits for the device.
@@ -47,18 +53,19 @@ class PackedTokens:
         on_host = attention_mask.cpu().numpy()
         real = on_host & (np.cumsum(on_host, 1) > stored[:, None])
         mask = None if on_host.all() else attention_mask
-        return PackedTokens(real, mask, real.sum(1, dtype=np.int64), np.flatnonzero(real))
+        return PackedTokens(real, mask, real.sum(1, dtype=np.int64), np.flatnonzero(real), stored, sharing)
 
-    def new_tokens(self, floor: np.ndarray, lengths: np.ndarray, device: torch.device) -> NewTokens:
-        """These, for groups whose rows hold `lengths[b]` tokens."""
+    def new_tokens(self, floor: np.ndarray, device: torch.device) -> NewTokens:
+        """These, for groups whose rows hold `floor[b]` tokens at least."""
         return NewTokens(
             real=self.real,
             counts=self.counts,
             floor=floor,
-            cache_seqlens=to_device((lengths + self.counts).astype(np.int32), device),
+            cache_seqlens=to_device((self.stored + self.counts).astype(np.int32), device),
             indices=None,
             cu_seqlens_q=to_device(np.concatenate([[0], np.cumsum(self.counts)]).astype(np.int32), device),
             is_packed=True,
+            sharing=self.sharing,
         )
 
 
@@ -120,7 +127,10 @@ def packed_forward(groups: "PageGroups", attention_mask: torch.Tensor) -> Iterat
         raise ArgumentError(f"`attention_mask` must have more than the {groups.columns} stored columns, got {columns}")
     if groups.columns:
         groups[0].check_history(attention_mask[:, : groups.columns].cpu())
-    packed = PackedTokens.of(attention_mask, groups[0].manager.lengths)
+    stored, sharing, groups.sharing = groups[0].manager.lengths, groups.sharing, None
+    if sharing is not None:
+        stored = np.maximum(stored, sharing[1] * groups[0].block_size)
+    packed = PackedTokens.of(attention_mask, stored, sharing)
     with _under_way(PreparedForward(groups, groups.columns, packed)):
         yield packed
     for group in groups:  # what is read from now on are rows, not what was packed
