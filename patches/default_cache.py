@@ -16,6 +16,10 @@ logger = logging.get_logger(__name__)
 
 def _prepare_cache(original, self, generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs):
     given = model_kwargs.get(cache_name(model_kwargs))
+    if _keeps_prefixes(given) and not generation_config.is_assistant:
+        from hf_paged_flash.generation import prefix_caching
+
+        prefix_caching.begin_rows(given, self)
     result = original(self, generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs)
     name = cache_name(model_kwargs)
     built = model_kwargs.get(name)
@@ -42,6 +46,12 @@ def _prepare_cache(original, self, generation_config, model_kwargs, generation_m
     return result
 
 
+def _keeps_prefixes(cache) -> bool:
+    from hf_paged_flash.cache import PagedCache
+
+    return isinstance(cache, PagedCache) and cache.prefixes is not None
+
+
 def _is_default(cache) -> bool:
     halves = [cache]
     if type(cache) is EncoderDecoderCache:
@@ -52,9 +62,10 @@ def _is_default(cache) -> bool:
 def _paged(model, config, built, generation_config, batch_size: int):
     """The paged counterpart of what transformers `built`."""
     from hf_paged_flash.cache import PagedCache, paged_encoder_decoder_cache
+    from hf_paged_flash.generation import prefix_caching
 
     if not isinstance(built, EncoderDecoderCache):
-        return PagedCache(config)
+        return prefix_caching.enabled_cache(model) or PagedCache(config)
     if "_prepare_cache_for_generation" in _own_methods(type(model)):
         # such a model goes on to build a cross-attention cache of its own
         return EncoderDecoderCache(PagedCache(config), built.cross_attention_cache)

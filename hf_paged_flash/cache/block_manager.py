@@ -83,7 +83,7 @@ class BlockManager:
         """Begins rows that hold full `blocks[b]`, which the index of prefixes has; those there were are gone."""
         held = np.array([len(row) for row in blocks], np.int64)
         table = np.full((len(blocks), int(held.max(initial=0))), -1, np.int32)
-        table[np.arange(table.shape[1])[None, :] < held[:, None]] = np.concatenate(blocks)
+        table[np.arange(table.shape[1])[None, :] < held[:, None]] = np.concatenate([np.zeros(0, np.int64), *blocks])
         self.start_rows(len(blocks))
         self.blocks.hold(table[table >= 0])
         self.table, self.lengths = table, held * self.block_size

@@ -1,7 +1,7 @@
 """PagedCache: the cache that transformers' models and `generate()` work with."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from os import PathLike
 
 import numpy as np
@@ -109,6 +109,7 @@ class PagedCache(Cache):
         self.groups = PageGroups(list(by_window.values()), max_memory)
         self.config, self.dtype = config, dtype
         self.prefixes: Prefixes | None = None
+        self.prefix_root: Hashable = None  # of the rows that a `generate()` call has begun, in the index of prefixes
         layers = []
         for idx, (kind, kwargs) in enumerate(zip(layer_types, layer_kwargs, strict=True)):
             if is_paged[idx]:

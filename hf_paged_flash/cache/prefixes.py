@@ -32,10 +32,13 @@ class Prefixes:
         self.tokens_asked = self.tokens_hit = 0
         self.weights: Hashable = None
 
-    def start_rows(self, groups: PageGroups, root: Hashable, rows: Sequence[np.ndarray], *, shares: bool) -> None:
+    def start_rows(
+        self, groups: PageGroups, root: Hashable, rows: Sequence[np.ndarray], *, shares: bool
+    ) -> np.ndarray:
         """Begins rows for prompts, integers (n,) each, with the blocks that are known of them, but for the last token.
 
         The forward that comes computes the rest. What rows have in common it computes in one of them, if it `shares`.
+        Returns the blocks that are known, int64, once for each row.
         """
         blocks = groups[0].store.blocks
         full = [blocks.index.full_blocks(tokens[:-1]) for tokens in rows]
@@ -45,12 +48,15 @@ class Prefixes:
             source, shared = shared_in_batch(full)
             if (shared > [len(known) for known in found]).any():
                 groups.sharing = source, shared
+        return np.concatenate(found)
 
-    def note_prompts(self, groups: PageGroups, rows: Sequence[np.ndarray], computed: int) -> None:
-        """Counts prompts of which `computed` tokens were computed."""
-        asked = sum(len(tokens) for tokens in rows)
-        self.tokens_asked += asked
-        self.tokens_hit += asked - computed
+    def count(self, groups: PageGroups, rows: Sequence[np.ndarray], known: np.ndarray) -> None:
+        """Counts prompts whose prefill is over, and what it took from the `known` blocks or shared."""
+        table = groups[0].manager.table
+        blocks = table[table >= 0]
+        computed = np.setdiff1d(blocks, known)
+        self.tokens_asked += sum(len(tokens) for tokens in rows)
+        self.tokens_hit += (len(blocks) - len(computed)) * groups[0].block_size
 
     def add(self, groups: PageGroups, root: Hashable, rows: Sequence[np.ndarray]) -> None:
         """Keeps the full blocks of rows that hold these tokens, or the first of them."""

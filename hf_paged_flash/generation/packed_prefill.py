@@ -38,13 +38,13 @@ def packed_prefill(
     if input_ids.dim() != 2 or (attention_mask is not None and attention_mask.dim() != 2):
         return None
     columns = cache.get_seq_length()
-    holds_prefixes = not columns and cache.group.holds_tokens
-    if (attention_mask is None and not holds_prefixes) or why_padded(model, cache, generation_config, model_kwargs):
+    is_ragged = not columns and (cache.group.holds_tokens or cache.groups.sharing is not None)  # known prefixes
+    if (attention_mask is None and not is_ragged) or why_padded(model, cache, generation_config, model_kwargs):
         return None
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     mask = mask.bool().cpu()
     new = mask[:, columns:]
-    if not new.shape[1] or (new.all() and not holds_prefixes):
+    if not new.shape[1] or (new.all() and not is_ragged):
         return None
     # all of them, or those that were passed without the ones before
     length = new.shape[1] if input_ids.shape[1] == mask.shape[1] else None

@@ -340,14 +340,15 @@ class Machine(RuleBasedStateMachine):
     def what_is_known_is_what_was_computed(self):
         """Each path spells what its blocks hold; a parent was used after its children."""
         index = self.blocks.index
-        left = list(index._roots.values())
-        while left:
-            entry = left.pop()
-            left += entry.below.values()
-            for tokens, child in entry.below.items():
-                assert index._entries[child.block] is child and child.parent is entry
-                assert np.frombuffer(tokens, np.int32).tolist() == self.slots[child.block].tolist()
-                assert entry.block < 0 or index.used_at[entry.block] > index.used_at[child.block]
+        assert {index._known[key][1] for key in index._keys.values()} == set(index._keys)
+        nodes = {node: block for node, block in index._known.values()} | {node: -1 for node in index._roots.values()}
+        for (node, tokens), (_, block) in index._known.items():
+            parent = nodes[node]
+            assert np.frombuffer(tokens, np.int32).tolist() == self.slots[block].tolist()
+            assert index._parent[block] == parent
+            assert parent < 0 or index.used_at[parent] > index.used_at[block]
+        parents = index._parent[list(index._keys)]
+        assert np.bincount(parents[parents >= 0], minlength=self.blocks.num_blocks).tolist() == index._below.tolist()
 
     @invariant()
     def stored_tokens_are_counted_once(self):
