@@ -8,7 +8,7 @@ from transformers.generation.utils import GenerationMixin
 
 from hf_paged_flash.patches.base import Patch, cache_name
 
-_CHECKED = ("5.17.0", "5.24.0")
+_CHECKED = ("5.17.0", "5.23.0", "5.24.0")
 
 
 def _prefixes_of(model_kwargs: dict):

@@ -179,7 +179,7 @@ def _check_whole(input_ids: torch.Tensor, model_kwargs: dict) -> None:
     if model_kwargs.get("inputs_embeds") is None and columns != input_ids.shape[-1]:
         raise ArgumentError(
             f"`input_ids` must have the {columns} columns of `attention_mask`, got {input_ids.shape[-1]}: with "
-            "`prefix_caching` each call of generate() begins new rows. Pass the whole conversation, not the new turn alone"
+            "`prefix_caching` each generate() call begins new rows. Pass the whole conversation, not its new turn"
         )
 
 
