@@ -1,24 +1,26 @@
 """`generate()` of a model under "paged_flash" builds a PagedCache where it would build a DynamicCache.
 
 Why: `cache_implementation` knows a fixed set of names, and "paged" already means continuous batching there. A cache
-that the caller passed or named, and `use_cache=False`, are left alone.
+that the caller passed or named, and `use_cache=False`, are left alone; but one with `prefix_caching` begins new rows.
 """
 
 from transformers import DynamicCache, EncoderDecoderCache
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerationMixin
 from transformers.utils import logging
 
 from hf_paged_flash.errors import UnsupportedFeatureError
 from hf_paged_flash.patches.base import Patch, cache_name
+from hf_paged_flash.patches.prefix_caching import prefix_cache
 
 logger = logging.get_logger(__name__)
 
 
 def _prepare_cache(original, self, generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs):
-    given = model_kwargs.get(cache_name(model_kwargs))
-    if _keeps_prefixes(given) and not generation_config.is_assistant:
-        from hf_paged_flash.generation import prefix_caching
+    from hf_paged_flash.generation import prefix_caching
 
+    given = model_kwargs.get(cache_name(model_kwargs))
+    if prefix_cache(model_kwargs) is not None and not generation_config.is_assistant:
         prefix_caching.begin_rows(given, self)
     result = original(self, generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs)
     name = cache_name(model_kwargs)
@@ -43,13 +45,21 @@ def _prepare_cache(original, self, generation_config, model_kwargs, generation_m
         if generation_config.is_assistant:  # as transformers has told the cache it built: tokens will be taken back
             cache.activate_past_recording()
         model_kwargs[name] = cache
+    if generation_mode == GenerationMode.ASSISTED_GENERATION:
+        _refuse_right_padding(model_kwargs)
     return result
 
 
-def _keeps_prefixes(cache) -> bool:
+def _refuse_right_padding(model_kwargs: dict) -> None:
+    """Assisted generation never stops between the prompt and the tokens it tries: what `prefill_logits` mends."""
     from hf_paged_flash.cache import PagedCache
 
-    return isinstance(cache, PagedCache) and cache.prefixes is not None
+    cache, mask = model_kwargs.get(cache_name(model_kwargs)), model_kwargs.get("attention_mask")
+    if isinstance(cache, PagedCache) and mask is not None and mask.dim() == 2 and not bool(mask[:, -1].all()):
+        raise UnsupportedFeatureError(
+            "assisted generation and prompt lookup can't go on from a right-padded prompt: pad on the left "
+            '(`tokenizer.padding_side = "left"`), or cut the padding off'
+        )
 
 
 def _is_default(cache) -> bool:

@@ -11,8 +11,8 @@ from hf_paged_flash.patches.base import Patch, cache_name
 _CHECKED = ("5.17.0", "5.23.0", "5.24.0")
 
 
-def _prefixes_of(model_kwargs: dict):
-    """The cache, where it keeps prefixes."""
+def prefix_cache(model_kwargs: dict):
+    """The cache among a model's arguments, if it keeps prefixes; else None."""
     from hf_paged_flash.cache import PagedCache
 
     cache = model_kwargs.get(cache_name(model_kwargs))
@@ -20,7 +20,7 @@ def _prefixes_of(model_kwargs: dict):
 
 
 def _prefill(original, self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
-    cache = _prefixes_of(model_kwargs)
+    cache = prefix_cache(model_kwargs)
 
     def run():
         return original(self, input_ids, generation_config, model_kwargs, is_first_iteration)
@@ -34,7 +34,7 @@ def _prefill(original, self, input_ids, generation_config, model_kwargs, is_firs
 
 def _sample(original, self, input_ids, *args, **kwargs):
     result = original(self, input_ids, *args, **kwargs)
-    cache = _prefixes_of(kwargs)
+    cache = prefix_cache(kwargs)
     if cache is not None:
         from hf_paged_flash.generation import prefix_caching
 

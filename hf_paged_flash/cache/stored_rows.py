@@ -55,11 +55,11 @@ class StoredRows:
         self.manager.start_rows(0)
         if self.store.blocks.index is not None:
             self.store.blocks.forget()
+        self._start()
         if not self.store.give_back():
             self.store.shrink()
-        elif len(self.store.groups) == 1:
+        elif all(group.columns == 0 for group in list(self.store.groups)):
             self.pools.clear()  # what comes next may have another dtype or device
-        self._start()
 
     @property
     def block_size(self) -> int:

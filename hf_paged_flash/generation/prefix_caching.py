@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput, logging
 
 from ..cache import PagedCache
 from ..errors import ArgumentError
-from .packable import _UNDERSTOOD, why_padded
+from .packable import more_than_text, why_padded
 
 logger = logging.get_logger(__name__)
 _enabled: WeakKeyDictionary[PreTrainedModel, PagedCache] = WeakKeyDictionary()
@@ -186,11 +186,8 @@ def _check_whole(input_ids: torch.Tensor, model_kwargs: dict) -> None:
 def _texts(input_ids: torch.Tensor, model_kwargs: dict) -> list[np.ndarray] | None:
     """The tokens of each row; None where keys and values depend on more than these and how many come before."""
     mask, position_ids = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
-    if input_ids.dim() != 2 or (mask is not None and mask.shape != input_ids.shape):
+    if input_ids.dim() != 2 or (mask is not None and mask.shape != input_ids.shape) or more_than_text(model_kwargs):
         return None
-    for name, value in model_kwargs.items():
-        if name not in _UNDERSTOOD and not isinstance(value, (bool, int, float, str, torch.dtype, type(None))):
-            return None
     mask = torch.ones_like(input_ids) if mask is None else mask
     mask = mask.bool().cpu()
     if position_ids is not None:
