@@ -8,8 +8,9 @@ import torch
 from transformers import AutoConfig
 
 import hf_paged_flash
-from hf_paged_flash import ArgumentError, PagedCache, UnsupportedFeatureError
-from hf_paged_flash.cache.prefix_index import PrefixIndex
+from hf_paged_flash import ArgumentError, PagedCache, UnsupportedFeatureError, backend
+from hf_paged_flash.cache import elastic_memory
+from tests.cache.fake_driver import FakeDriver
 from tests.integration.models import attentive_config, new_tokens
 from tests.tiny_models import VOCAB_SIZE, ragged_batch, tiny_config, tiny_model
 
@@ -251,6 +252,36 @@ def test_kept_blocks_have_a_bound_of_their_own(models):
     assert cache.memory().prefix_tokens_hit == 3 * BLOCK
 
 
+def test_a_device_without_room_takes_what_is_kept(models, monkeypatch):
+    """Ten pages of four blocks for each of three layers; a prompt and its answer take five."""
+    driver = FakeDriver(16384, total_memory=30 * 16384)
+    monkeypatch.setattr(elastic_memory, "driver_of", lambda device: driver)
+    pair = models("llama")
+    cache = PagedCache(pair[1].config, prefix_caching=True)
+    for seed in (1, 2, 3):
+        check(pair, text(290, seed)[None], None, past_key_values=cache)
+        assert cache.memory().blocks_used == (20, 39, 20)[seed - 1]
+    check(pair, text(290, 3)[None], None, past_key_values=cache)
+    assert cache.memory().prefix_tokens_hit == 288
+
+
+def test_blocks_are_found_where_they_have_moved(models, monkeypatch):
+    """Rows that leave free the front, and what is kept at the end moves there."""
+    driver = FakeDriver(16384)
+    monkeypatch.setattr(elastic_memory, "driver_of", lambda device: driver)
+    pair = models("llama")
+    block = 3 * BLOCK * 2 * 2 * 16 * 4  # layers, tokens, keys and values, heads, head_dim, bytes
+    cache = PagedCache(pair[1].config, prefix_caching=12 * block)
+    check(pair, text(800, 1)[None], None, past_key_values=cache)
+    other = cache.fork()
+    check(pair, text(150, 2)[None], None, past_key_values=cache)
+    pages = driver.pages
+    other.release(0)
+    assert driver.pages < pages and cache.group.manager.table.max() < 26
+    check(pair, text(150, 2)[None], None, past_key_values=cache)
+    assert cache.memory().prefix_tokens_hit == 144
+
+
 def test_reset_forgets_and_gives_back(models):
     pair = models("llama")
     cache = PagedCache(pair[1].config, prefix_caching=True)
@@ -391,15 +422,38 @@ def test_no_model_is_refused():
         hf_paged_flash.enable_prefix_caching(torch.nn.Linear(2, 2))
 
 
-def test_looking_up_costs_little():
-    """No Python for each token: 64 prompts of 8,192 tokens, many times slower than this with one."""
-    import time
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_give_hits_what_they_give_misses(dtype):
+    """Logits of the first new token, from blocks of earlier calls and of the batch's other rows."""
+    backend.configure(backend="auto")
+    model = tiny_model(config_of("llama"), "paged_flash", dtype=dtype).cuda()
+    system = text(1000, 1)
+    rows = [torch.cat([system, text(40, 2)]), torch.cat([system[:700], text(300, 3)]), system[:512], text(5, 4)]
+    ids, mask = (x.cuda() for x in batch(*rows))
+    options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    expected = model.generate(ids, attention_mask=mask, **options).logits[0]
+    cache = PagedCache(model.config, prefix_caching=True)
+    in_batch, known = 688 + 496, 1024 + 992 + 496
+    for hits in (in_batch, in_batch + known):
+        out = model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
+        assert cache.memory().prefix_tokens_hit == hits
+        difference = (out.logits[0] - expected).abs().max()
+        assert difference <= (1e-4 if dtype == torch.float32 else 0.02) * expected.abs().max()
 
-    index, rows = PrefixIndex(BLOCK), np.random.default_rng(0).integers(0, 50_000, (64, 8192))
-    begun = time.perf_counter()
-    full = [index.full_blocks(row) for row in rows]
-    for number, tokens in enumerate(full):
-        index.resize((number + 1) * 512)
-        index.add("root", tokens, np.arange(512) + 512 * number)
-    assert sum(len(index.find("root", tokens)) for tokens in full) == 64 * 512
-    assert time.perf_counter() - begun < 5.0
+
+@pytest.mark.gpu
+def test_what_is_kept_beyond_its_bound_goes_back_to_the_device():
+    backend.configure(backend="auto")
+    config = tiny_config("llama", hidden_size=1024, num_attention_heads=8, num_key_value_heads=8)
+    model = tiny_model(config, "paged_flash").cuda()
+    page = 2 * 2**20
+    cache = hf_paged_flash.enable_prefix_caching(model, max_memory=12 * page)
+    try:
+        for seed in range(3):
+            model.generate(text(400, seed).expand(8, -1).flatten()[None].cuda(), max_new_tokens=2, do_sample=False)
+            memory = cache.memory()
+            assert memory.blocks_used == memory.blocks_kept > 0
+            assert memory.bytes_reserved <= 20 * page
+    finally:
+        hf_paged_flash.disable_prefix_caching(model)
