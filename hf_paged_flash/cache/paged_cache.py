@@ -287,7 +287,9 @@ class PagedCache(Cache):
         return fork
 
     def save(self, path: str | PathLike) -> None:
-        """Writes the cache to a safetensors file: blocks in use, shared ones once; tables and lengths; no code.
+        """Writes the cache to a safetensors file: its rows' blocks, shared ones once; tables and lengths; no code.
+
+        What `prefix_caching` keeps is not among them, and the cache that is loaded is without it.
 
         Raises:
             PagedFlashError: a forward stopped half way.

@@ -1,5 +1,6 @@
 """What a cache and its forks know of the prompts that were computed in them."""
 
+import weakref
 from collections.abc import Hashable, Sequence
 
 import numpy as np
@@ -19,7 +20,7 @@ class Prefixes:
     Attributes:
         tokens_asked: tokens of prompts that were looked up.
         tokens_hit: those of them that were not computed, as they were known or shared in the batch.
-        weights: what the model's weights were told by; other weights make other keys.
+        weights: of the model that computed what is known, and the state each was in; others make other keys.
     """
 
     def __init__(self, groups: PageGroups, config: PreTrainedConfig, layer_types: Sequence[str]) -> None:
@@ -30,7 +31,10 @@ class Prefixes:
                 f"{type(config).__name__}: leave it out"
             )
         self.tokens_asked = self.tokens_hit = 0
-        self.weights: Hashable = None
+        self.weights: list[tuple[weakref.ref, tuple]] = []
+
+    def __getstate__(self) -> dict:
+        return vars(self) | {"weights": []}  # nothing that was kept comes along, nor does the model
 
     def start_rows(
         self, groups: PageGroups, root: Hashable, rows: Sequence[np.ndarray], *, shares: bool

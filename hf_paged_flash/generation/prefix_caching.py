@@ -4,8 +4,8 @@ Before the prefill its rows get the blocks that are known of their tokens; the p
 from then on their full blocks are known. At the end of a call so are those of what was generated.
 """
 
+import weakref
 from collections.abc import Callable, Hashable
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from ..errors import ArgumentError
 from .packable import more_than_text, why_padded
 
 logger = logging.get_logger(__name__)
-_enabled: WeakKeyDictionary[PreTrainedModel, PagedCache] = WeakKeyDictionary()
+_enabled: weakref.WeakKeyDictionary[PreTrainedModel, PagedCache] = weakref.WeakKeyDictionary()
 
 
 def enable_prefix_caching(
@@ -64,7 +64,7 @@ def enabled_cache(model: PreTrainedModel) -> PagedCache | None:
     cache = _enabled.get(model)
     if cache is None:
         return None
-    if cache.prefixes.weights not in (None, _weights_of(model)):  # on another device or of another dtype, perhaps
+    if cache.prefixes.weights and not _are_weights_of(model, cache):  # of another device or dtype, perhaps
         kept = cache.group.store.kept_memory or True
         cache.__dict__.update(vars(PagedCache(cache.config, cache.group.block_size, prefix_caching=kept)))
     begin_rows(cache, model)
@@ -73,9 +73,8 @@ def enabled_cache(model: PreTrainedModel) -> PagedCache | None:
 
 def begin_rows(cache: PagedCache, model: PreTrainedModel) -> None:
     """Drops the rows of `cache`, whose full blocks stay known, for those of a call of `model`."""
-    weights = _weights_of(model)
-    if cache.prefixes.weights != weights:  # another model's, or they were changed: their keys are others
-        cache.prefixes.weights = weights
+    if not _are_weights_of(model, cache):  # another model's, or they were changed: their keys are others
+        cache.prefixes.weights = [(weakref.ref(x), _state_of(x)) for x in model.parameters()]
         cache.reset()
     elif cache.columns:
         cache.release(np.arange(cache.batch_size))
@@ -84,16 +83,21 @@ def begin_rows(cache: PagedCache, model: PreTrainedModel) -> None:
     cache.prefix_root = None
 
 
-def _weights_of(model: PreTrainedModel) -> Hashable:
-    """Changes whenever a weight is written to, replaced or moved."""
-    return tuple((id(x), _address(x), None if x.is_inference() else x._version) for x in model.parameters())
+def _are_weights_of(model: PreTrainedModel, cache: PagedCache) -> bool:
+    """Whether `cache` is of this model, and no weight was written to, replaced or moved since."""
+    told, weights = cache.prefixes.weights, list(model.parameters())
+    return len(told) == len(weights) and all(
+        weight() is x and state == _state_of(x) for (weight, state), x in zip(told, weights, strict=True)
+    )
 
 
-def _address(x: torch.Tensor) -> int:
+def _state_of(x: torch.Tensor) -> tuple:
+    """Another one once `x` was written to or moved."""
     try:
-        return x.data_ptr()
+        address = x.data_ptr()
     except RuntimeError:  # a sharded tensor has several
-        return 0
+        address = None
+    return address, None if x.is_inference() else x._version
 
 
 def _root_of(model: PreTrainedModel) -> Hashable:

@@ -1,6 +1,7 @@
 """Prompts that begin as earlier ones did: eager's tokens whether they hit or miss, and what is known not computed."""
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -324,9 +325,25 @@ def test_changed_weights_are_noticed(models):
     assert cache.memory().prefix_tokens_hit == 0
     check((eager, paged), prompt, None)
     assert cache.memory().prefix_tokens_hit == 3 * BLOCK
+    others = tiny_model(config_of("llama"), "eager", seed=1).state_dict()
+    for model in (eager, paged):
+        model.load_state_dict(others, assign=True)
+    check((eager, paged), prompt, None)
     for model in (eager, paged):
         model.double()
     check((eager, paged), prompt, None)
+
+
+def test_a_cache_that_comes_back_from_a_pickle_begins_with_nothing_known(models):
+    pair = models("llama")
+    cache = PagedCache(pair[1].config, prefix_caching=True)
+    prompt = text(60, 1)[None]
+    check(pair, prompt, None, past_key_values=cache)
+    again = pickle.loads(pickle.dumps(cache))
+    assert again.memory().tokens == cache.memory().tokens
+    for hits in (0, 3 * BLOCK):
+        check(pair, prompt, None, past_key_values=again)
+        assert again.memory().prefix_tokens_hit == hits
 
 
 def test_two_models_never_share(models):
