@@ -18,6 +18,7 @@ from .errors import (
     PagedFlashError,
     UnsupportedFeatureError,
 )
+from .generation.prefix_caching import disable_prefix_caching, enable_prefix_caching
 from .ops import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache, merge_states
 from .registration import register, unregister
 
@@ -35,6 +36,8 @@ __all__ = [
     "UnsupportedFeatureError",
     "configure",
     "counters",
+    "disable_prefix_caching",
+    "enable_prefix_caching",
     "flash_attn_func",
     "flash_attn_varlen_func",
     "flash_attn_with_kvcache",

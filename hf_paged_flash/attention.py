@@ -163,7 +163,8 @@ def _dense_keys(x: torch.Tensor, q_length: int) -> torch.Tensor:
     """Keys or values as a dense tensor (B, Hkv, Sk, D)."""
     if not isinstance(x, PagedTensor):
         return x
-    return x.fresh if x.fresh is not None and q_length == x.step.end else x.dense("attention")
+    is_whole = x.fresh is not None and not x.step.is_packed and q_length == x.step.end
+    return x.fresh if is_whole else x.dense("attention")
 
 
 def _window_of_cache(key: PagedTensor, q_length: int) -> int:
@@ -172,7 +173,7 @@ def _window_of_cache(key: PagedTensor, q_length: int) -> int:
     A first forward sees all of its tokens there. -1 for no window.
     """
     window = key.layer.group.window
-    if window is None or q_length == key.step.end:
+    if window is None or (not key.step.has_past and q_length == key.step.size[1]):
         return -1
     if q_length > 1:
         raise UnsupportedFeatureError(

@@ -24,7 +24,8 @@ import torch
 from torch.utils._pytree import tree_map_only
 from transformers import masking_utils
 
-from .cache.mask_handoff import announce_cross_mask, announce_mask
+from .cache.mask_handoff import announce_cross_mask, announce_mask, is_prepared
+from .errors import UnsupportedFeatureError
 from .ops import library
 
 _aten = torch.ops.aten
@@ -173,6 +174,9 @@ def paged_flash_mask(
     _settle_segments(pattern, attention_mask, sizes, kwargs.get("use_vmap", False))
     if isinstance(attention_mask, _Annotated):
         attention_mask = attention_mask._mask  # a composite model passes on what it got from here
+    is_settled = is_prepared(q_length, kv_length)
+    if is_settled:
+        attention_mask = None
     if attention_mask is not None:
         attention_mask = attention_mask.clone()  # kept beyond this call: a bool mask may be the user's own tensor
     keeps_to_window = pattern.window is not None and pattern.causal and not pattern.needs_matrix
@@ -182,6 +186,12 @@ def paged_flash_mask(
     if pattern.window is not None and not is_paged:
         pattern.needs_matrix |= not _fits_window(pattern.window, attention_mask, sizes)
     is_read = type(kwargs.get("config")) in MATRIX_CONFIGS
+    if is_settled and (pattern.needs_matrix or is_read or pattern.segments is not None):
+        raise UnsupportedFeatureError(
+            "the model's mask says more than padding and windows, which paged_flash took it not to do when it packed "
+            "the rows of a batch or planned a step: pass `past_key_values=DynamicCache(config=model.config)`, and "
+            "report it"
+        )
     if pattern.needs_matrix or is_read:
         kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
         make_matrix = masking_utils.eager_mask if is_read else masking_utils.sdpa_mask

@@ -69,12 +69,15 @@ def _writes(x: torch.Tensor) -> int | None:
     return None if x.is_inference() else x._version
 
 
-def pack(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """(B, H, S, D) to the tokens at `indices` (T,) of B * S, as (T, H, D)."""
-    return x.transpose(1, 2).flatten(0, 1).index_select(0, indices)  # `x[indices]` sorts in its backward
+def pack(x: torch.Tensor, indices: torch.Tensor | None) -> torch.Tensor:
+    """(B, H, S, D) to the tokens at `indices` (T,) of B * S, as (T, H, D); None for all."""
+    x = x.transpose(1, 2).flatten(0, 1)
+    return x if indices is None else x.index_select(0, indices)  # `x[indices]` sorts in its backward
 
 
-def unpack(x: torch.Tensor, indices: torch.Tensor, batch: int, length: int) -> torch.Tensor:
+def unpack(x: torch.Tensor, indices: torch.Tensor | None, batch: int, length: int) -> torch.Tensor:
     """The reverse for (T, H, D), to (B, S, H, D); places not in `indices` are 0."""
+    if indices is None:
+        return x.unflatten(0, (batch, length))
     out = x.new_zeros(batch * length, *x.shape[1:])
     return out.index_copy(0, indices, x).unflatten(0, (batch, length))

@@ -62,10 +62,11 @@ def paged(query: torch.Tensor, key: PagedTensor, value: PagedTensor, scoring: Sc
     """Keys of a PagedCache, and the forward that is under way there."""
     step = key.step.to(query.device)
     batch, _, q_length, _ = query.shape
-    if key.fresh is not None and q_length == step.end and not key.layer.groups.is_cross:
+    is_plain = step.cu_seqlens_q is None
+    if key.fresh is not None and q_length == step.size[1] and not key.layer.groups.is_cross:
         # nothing was stored before: the forward's own keys are all there is, and they lie dense
         k, v = key.fresh.to(query.dtype), value.fresh.to(query.dtype)
-        if step.indices is None:
+        if is_plain:
             return dense(query, k, v, scoring)
         q, k, v = (pack(x, step.indices) for x in (query, k, v))
         out = _attend(
@@ -76,13 +77,13 @@ def paged(query: torch.Tensor, key: PagedTensor, value: PagedTensor, scoring: Sc
     key.layer.group.check_reach(scoring.window_left)
     pool = key.layer.pool
     q = query.to(pool.key.dtype)
-    if q_length <= MAX_DECODE_QUERIES and step.indices is None and scoring.dropout_p == 0.0:
+    if q_length <= MAX_DECODE_QUERIES and is_plain and scoring.dropout_p == 0.0:
         return library.paged_decode_no_backward(
             q.transpose(1, 2), pool.key, pool.value, cache_seqlens=step.cache_seqlens, block_table=step.block_table,
             softmax_scale=scoring.softmax_scale, causal=scoring.causal, window_left=scoring.window_left,
             window_right=scoring.window_right, softcap=scoring.softcap, s_aux=scoring.s_aux,
         )[0]  # fmt: skip
-    if step.indices is None:
+    if is_plain:
         return _attend(
             q.transpose(1, 2), pool.key, pool.value, scoring, q_length, step.max_seqlen_k,
             seqused_k=step.cache_seqlens, block_table=step.block_table,

@@ -1,7 +1,7 @@
 """`generate()` of a model under "paged_flash" builds a PagedCache where it would build a DynamicCache.
 
 Why: `cache_implementation` knows a fixed set of names, and "paged" already means continuous batching there. A cache
-that the caller passed or named, and `use_cache=False`, are left alone.
+that the caller passed or named, and `use_cache=False`, are left alone; but one with `prefix_caching` begins new rows.
 """
 
 from transformers import DynamicCache, EncoderDecoderCache
@@ -11,12 +11,17 @@ from transformers.utils import logging
 
 from hf_paged_flash.errors import UnsupportedFeatureError
 from hf_paged_flash.patches.base import Patch, cache_name
+from hf_paged_flash.patches.prefix_caching import prefix_cache
 
 logger = logging.get_logger(__name__)
 
 
 def _prepare_cache(original, self, generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs):
+    from hf_paged_flash.generation import prefix_caching
+
     given = model_kwargs.get(cache_name(model_kwargs))
+    if prefix_cache(model_kwargs) is not None and not generation_config.is_assistant:
+        prefix_caching.begin_rows(given, self)
     result = original(self, generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs)
     name = cache_name(model_kwargs)
     built = model_kwargs.get(name)
@@ -67,9 +72,10 @@ def _is_default(cache) -> bool:
 def _paged(model, config, built, generation_config, batch_size: int):
     """The paged counterpart of what transformers `built`."""
     from hf_paged_flash.cache import PagedCache, paged_encoder_decoder_cache
+    from hf_paged_flash.generation import prefix_caching
 
     if not isinstance(built, EncoderDecoderCache):
-        return PagedCache(config)
+        return prefix_caching.enabled_cache(model) or PagedCache(config)
     if "_prepare_cache_for_generation" in _own_methods(type(model)):
         # such a model goes on to build a cross-attention cache of its own
         return EncoderDecoderCache(PagedCache(config), built.cross_attention_cache)

@@ -1,6 +1,7 @@
 """Which row owns which block: block tables, copy-on-write, forks. Host only, no tensors."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,6 +16,7 @@ class Append:
     copies: int64 (n, 2), (source, target) blocks whose contents must be copied before anything is written.
     lengths, first, num_blocks: what the manager's were before.
     version: of the blocks, once appended.
+    shared: int64 (n, 2), other entries of the table that are blocks now, as another row took them.
     """
 
     rows: np.ndarray
@@ -25,6 +27,7 @@ class Append:
     first: np.ndarray
     num_blocks: int
     version: int
+    shared: np.ndarray | None = None
 
 
 class BlockManager:
@@ -34,7 +37,8 @@ class BlockManager:
     collected gives its references back.
 
     Invariants, after every call:
-    - a block is free, or `references[block]` entries of tables name it; never both;
+    - a block is free, or `references[block]` entries of tables name it, an index of prefixes counted as one; never
+      both;
     - row b's table entries `first[b]` to `ceil(lengths[b] / block_size)` are blocks, all others -1: what lies before
       was given back, or never stored, as nobody will read it;
     - a block that more than one row names is never handed out for writing: its writer gets a copy first;
@@ -74,6 +78,15 @@ class BlockManager:
         self.blocks.release(self.table[self.table >= 0])
         self.lengths, self.first = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
         self.table = np.full((rows, 0), -1, np.int32)
+
+    def start_from(self, blocks: Sequence[np.ndarray]) -> None:
+        """Begins rows that hold full `blocks[b]`, which the index of prefixes has; those there were are gone."""
+        held = np.array([len(row) for row in blocks], np.int64)
+        table = np.full((len(blocks), int(held.max(initial=0))), -1, np.int32)
+        table[np.arange(table.shape[1])[None, :] < held[:, None]] = np.concatenate([np.zeros(0, np.int64), *blocks])
+        self.start_rows(len(blocks))
+        self.blocks.hold(table[table >= 0])
+        self.table, self.lengths = table, held * self.block_size
 
     def append(self, counts: np.ndarray, first: np.ndarray | None = None) -> Append:
         """Makes room for `counts[b]` more tokens in each row b, all or nothing.
@@ -117,11 +130,36 @@ class BlockManager:
             version=self.blocks.version,
         )
 
+    def append_sharing(self, counts: np.ndarray, source: np.ndarray, blocks: np.ndarray) -> Append:
+        """`append` where row b, of full blocks, begins with the first `blocks[b]` blocks of row `source[b]`.
+
+        That is an earlier row, which fills them in this very forward; those that row b has already stay.
+        """
+        lengths, held = self.lengths, self.row_blocks()
+        self.lengths = np.maximum(lengths, blocks * self.block_size)
+        try:
+            change = self.append(counts)
+        except BaseException:
+            self.lengths = lengths
+            raise
+        entries = []
+        for row in np.flatnonzero(blocks > held):  # the rows before it are complete
+            columns = np.arange(held[row], blocks[row])
+            self.table[row, columns] = self.table[source[row], columns]
+            self.blocks.hold(self.table[row, columns])
+            entries.append(np.stack([np.full_like(columns, row), columns], axis=1))
+        shared = np.concatenate(entries) if entries else None
+        return replace(change, lengths=lengths, version=self.blocks.version, shared=shared)
+
     def undo(self, change: Append, room: int = 0) -> None:
         """Takes back the last `append`, as if it had never been; only while `can_undo(change)`.
 
         Of the blocks that `append` added, `room` in all stay, free.
         """
+        if change.shared is not None:
+            rows, columns = change.shared.T
+            self.blocks.release(self.table[rows, columns])
+            self.table[rows, columns] = -1
         self.table[change.rows, change.columns] = -1
         copied = slice(0, len(change.copies))
         sources = change.copies[:, 0]

@@ -1,10 +1,12 @@
 """Blocks of a pool: how many table entries name each, and which are free. Host only, no tensors."""
 
 from collections import deque
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
 from ..errors import CacheFullError
+from .prefix_index import PrefixIndex
 
 GROWTH = 1 / 40  # the least that growth adds, as a share of the blocks that exist
 _FEW = 512  # blocks below which sorting them costs less than a pass over the pool's
@@ -15,13 +17,18 @@ class Blocks:
 
     A block without references is free; the lowest is taken first. NumPy finds them, from the first that may be free.
     `version` changes whenever a block changes hands.
+
+    An index of prefixes, where there is one, is a reference of its own to each block in it. Blocks that have no other
+    one are kept: they are free for whoever needs them, once there are no others under the cap.
     """
 
     def __init__(self, block_size: int, max_blocks: int | None = None) -> None:
         self.block_size = block_size
         self.max_blocks = max_blocks  # None: no cap
+        self.max_kept: int | None = None  # as many at most stay kept while others are added; None: no cap
         self.growth = GROWTH
         self.version = 0
+        self.index: PrefixIndex | None = None
         self._dropped: deque[np.ndarray] = deque()  # tables whose managers are gone
         self.clear()
 
@@ -31,6 +38,8 @@ class Blocks:
         self.blocks_free = 0
         self._first_free = 0  # all blocks before it are used
         self.version += 1
+        if self.index is not None:
+            self.index.clear()
 
     @property
     def num_blocks(self) -> int:
@@ -43,7 +52,13 @@ class Blocks:
 
     @property
     def blocks_shared(self) -> int:
-        return int((self.references > 1).sum())
+        rows = self.references if self.index is None else self.references - (self.index.used_at >= 0)
+        return int((rows > 1).sum())
+
+    @property
+    def blocks_kept(self) -> int:
+        """Blocks in use that the index of prefixes alone names."""
+        return len(self._kept())
 
     @property
     def blocks_spanned(self) -> int:
@@ -94,6 +109,30 @@ class Blocks:
             self.references = self.references[:num_blocks]
         self.blocks_free += added
         self._first_free = min(self._first_free, num_blocks)
+        if self.index is not None:
+            self.index.resize(num_blocks)
+
+    def keep(self, root: Hashable, tokens: Sequence[bytes], blocks: np.ndarray) -> None:
+        """Puts `blocks`, which rows name, in the index: see `PrefixIndex.add`."""
+        self.hold(self.index.add(root, tokens, blocks))
+
+    def forget(self, count: int | None = None) -> None:
+        """Takes at least `count` of the kept blocks (None: all that the index names) out of it, the oldest first."""
+        if count is None:
+            everything = np.flatnonzero(self.index.used_at >= 0)
+            self.release(self.index.remove_oldest(everything, len(everything)))
+        elif count > 0:
+            self.release(self.index.remove_oldest(self._kept(), count))
+
+    def forget_surplus(self) -> None:
+        """Forgets what is kept beyond `max_kept`."""
+        if self.index is not None and self.max_kept is not None:
+            self.forget(self.blocks_kept - self.max_kept)
+
+    def _kept(self) -> np.ndarray:
+        if self.index is None:
+            return np.zeros(0, np.int64)
+        return np.flatnonzero((self.index.used_at >= 0) & (self.references == 1))
 
     def moves_to_front(self) -> np.ndarray:
         """Moves that would leave the end free, int64 (n, 2): the highest blocks in use, the lowest free ones."""
@@ -110,6 +149,8 @@ class Blocks:
         self.references[sources] = 0
         self._first_free = 0
         self.version += 1
+        if self.index is not None:
+            self.index.move(moves)
 
     def drop(self, table: np.ndarray) -> None:
         """Notes a table that nobody has any longer; called by the garbage collector, at any moment."""
@@ -147,11 +188,19 @@ class Blocks:
         self.version += 1
 
     def _reserve(self, needed: int) -> None:
+        if needed <= self.blocks_free:
+            return
+        self.forget_surplus()
         free, num_blocks = self.blocks_free, self.num_blocks
         if needed <= free:
             return
         room = free if self.max_blocks is None else free + self.max_blocks - num_blocks
         if self.max_blocks is not None and needed > room:
+            kept = self.blocks_kept
+            if needed <= room + kept:
+                self.forget(needed - room)
+                return self._reserve(needed)
+            room += kept
             raise CacheFullError(
                 f"the paged cache is full: {needed} more blocks of {self.block_size} tokens are needed, "
                 f"{max(room, 0)} are free under the cap of {self.max_blocks} blocks. This forward stored nothing, "
@@ -166,10 +215,12 @@ class Blocks:
 
     def __getstate__(self) -> dict:
         # managers that are pickled along count their own references when they come back
-        return {"block_size": self.block_size, "max_blocks": self.max_blocks, "num_blocks": self.num_blocks}
+        state = {"block_size": self.block_size, "max_blocks": self.max_blocks, "num_blocks": self.num_blocks}
+        return state | {"has_index": self.index is not None}
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(state["block_size"], state["max_blocks"])
+        self.index = PrefixIndex(self.block_size) if state["has_index"] else None
         self.resize(state["num_blocks"])
 
 

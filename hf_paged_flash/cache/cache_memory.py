@@ -7,11 +7,12 @@ from transformers import PreTrainedConfig
 
 from ..errors import ArgumentError
 from .page_groups import PageGroups
+from .prefixes import Prefixes
 
 
-def bytes_of(max_memory: int | str | None) -> int | None:
-    """A `max_memory` in bytes; ArgumentError where it is none."""
-    size = max_memory
+def bytes_of(size: int | str | None, name: str, otherwise: str) -> int | None:
+    """A size in bytes, the argument `name`; ArgumentError where it is none. `otherwise`: what it may also be."""
+    given = size
     if isinstance(size, str):
         from accelerate.utils import convert_file_size_to_int  # slow to import, rarely needed
 
@@ -21,7 +22,7 @@ def bytes_of(max_memory: int | str | None) -> int | None:
             size = 0
     if size is not None and (type(size) is not int or size < 1):
         raise ArgumentError(
-            f'`max_memory` must be bytes above 0 as an integer, or like "4GiB", or None for no cap, got {max_memory!r}'
+            f'`{name}` must be bytes above 0 as an integer, or like "4GiB", or {otherwise}, got {given!r}'
         )
     return size
 
@@ -62,6 +63,11 @@ class CacheMemory:
         blocks_used: blocks that hold tokens.
         blocks_free: reserved blocks that hold none.
         blocks_shared: blocks that more than one row uses, of this cache or of a fork.
+        blocks_kept: of the `blocks_used`, those that no row uses: they wait for a prompt that begins alike, and are
+            taken when there is no other room.
+        prefix_tokens: tokens of prompts that were looked up under `prefix_caching`.
+        prefix_tokens_hit: those of them that were not computed, as blocks held them or another row of the batch had
+            them too.
     """
 
     bytes_reserved: int
@@ -72,9 +78,17 @@ class CacheMemory:
     blocks_used: int
     blocks_free: int
     blocks_shared: int
+    blocks_kept: int = 0
+    prefix_tokens: int = 0
+    prefix_tokens_hit: int = 0
+
+    @property
+    def prefix_hit_rate(self) -> float:
+        """The share of prompt tokens that were not computed; 0 where none were looked up."""
+        return self.prefix_tokens_hit / max(self.prefix_tokens, 1)
 
 
-def memory_of(groups: PageGroups) -> CacheMemory:
+def memory_of(groups: PageGroups, prefixes: Prefixes | None) -> CacheMemory:
     """What the groups of a cache, and their forks, hold. Waits for the device."""
     stores = [group.store for group in groups]
     tokens = [store.stored_tokens() for store in stores]
@@ -94,4 +108,7 @@ def memory_of(groups: PageGroups) -> CacheMemory:
         blocks_used=sum(store.blocks.blocks_used for store in stores),
         blocks_free=sum(store.blocks.blocks_free for store in stores),
         blocks_shared=sum(store.blocks.blocks_shared for store in stores),
+        blocks_kept=sum(store.blocks.blocks_kept for store in stores),
+        prefix_tokens=0 if prefixes is None else prefixes.tokens_asked,
+        prefix_tokens_hit=0 if prefixes is None else prefixes.tokens_hit,
     )

@@ -23,6 +23,8 @@ class NewTokens:
         cache_seqlens: int32 (batch,), each row's tokens after the forward, on its device.
         indices, cu_seqlens_q: as in `ForwardStep`.
         repeats: each so many rows are alike: one of them is stored, the others share its blocks.
+        is_packed: the forward has the new tokens alone, and `real` is bool (batch, columns) among all columns so far.
+        sharing: (source, blocks), what rows begin with that others store, as in `BlockManager.append_sharing`.
     """
 
     real: np.ndarray | None
@@ -32,6 +34,8 @@ class NewTokens:
     indices: torch.Tensor | None
     cu_seqlens_q: torch.Tensor | None
     repeats: int = 1
+    is_packed: bool = False
+    sharing: tuple[np.ndarray, np.ndarray] | None = None
 
 
 @dataclass
@@ -43,15 +47,18 @@ class ForwardStep:
     Attributes:
         start, end: columns before and after this forward.
         batch: rows.
-        slot_mapping: int64 (batch * (end - start),), block * block_size + offset of each new token, -1 for padding.
+        slot_mapping: int64 (batch * (end - start),), block * block_size + offset of each new token, -1 for padding;
+            when packed int64 (new tokens,).
         block_table: int32 (batch, max_blocks), -1 where a row has no block.
         cache_seqlens: int32 (batch,), tokens of each row with this forward's.
         max_seqlen_k: no row has more tokens, int.
-        indices: int64 (new tokens,), places of the new tokens among batch * (end - start); None without padding.
+        indices: int64 (new tokens,), places of the new tokens among batch * (end - start); None where all are.
         cu_seqlens_q: int32 (batch + 1,), offsets of the rows' new tokens when packed; None without padding.
         max_seqlen_q: no row adds more tokens, int.
         num_blocks: blocks that a layer's pool must have, int.
         knows_mask: the mask function told which columns are padding; else a mask that attention gets says more.
+        is_packed: queries and keys come as (1, new tokens), a row's after another's, see `packed_forward`.
+        has_past: tokens were stored before.
     """
 
     start: int
@@ -66,7 +73,14 @@ class ForwardStep:
     indices: torch.Tensor | None = None
     cu_seqlens_q: torch.Tensor | None = None
     knows_mask: bool = False
+    is_packed: bool = False
+    has_past: bool = False
     _on_device: dict[torch.device, "ForwardStep"] = field(default_factory=dict, repr=False)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(batch, length) of the forward's own keys."""
+        return (1, self.slot_mapping.shape[0]) if self.is_packed else (self.batch, self.end - self.start)
 
     def to(self, device: torch.device) -> "ForwardStep":
         """This step with its tensors on `device`; copied once a device, for models spread over several."""

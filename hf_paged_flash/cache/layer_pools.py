@@ -48,6 +48,11 @@ class LayerPools:
         return sum(pool.block_bytes for pool in self._pools.values())
 
     @property
+    def device(self) -> torch.device:
+        """Of the first layer that has stored."""
+        return next(iter(self._pools.values())).key.device
+
+    @property
     def bytes_reserved(self) -> int:
         return sum(pool.bytes_reserved for pool in self._pools.values())
 

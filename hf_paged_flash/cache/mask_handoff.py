@@ -17,9 +17,16 @@ if TYPE_CHECKING:
 _asked = threading.local()
 
 
-def expect_mask(group: "PageGroup", sizes: tuple[int, int]) -> None:
-    """Notes that `group` was asked for `sizes`, (q_length, kv_length)."""
+def expect_mask(group: "PageGroup", sizes: tuple[int, int], *, is_prepared: bool = False) -> None:
+    """Notes that `group` was asked for `sizes`, (q_length, kv_length); `is_prepared`: it knows the tokens."""
     _asked.group, _asked.sizes, _asked.cross = weakref.ref(group), sizes, None
+    _asked.is_prepared = is_prepared
+
+
+def is_prepared(q_length: int, kv_length: int) -> bool:
+    """Whether the group that was asked for these sizes knows the forward's tokens, whatever a mask says of them."""
+    known = getattr(_asked, "group", None) is not None and _asked.is_prepared
+    return known and _asked.sizes == (q_length, kv_length)
 
 
 def expect_cross_mask(cross: "PageGroups") -> None:

@@ -11,6 +11,7 @@ from .blocks import GROWTH
 from .forward_step import ForwardStep, NewTokens, to_device
 from .layer_pools import growth_error
 from .mask_handoff import expect_mask
+from .prepared_forward import read_only
 from .stored_rows import StoredRows
 from .window import first_in_reach
 
@@ -67,7 +68,7 @@ class PageGroup(StoredRows):
             self.give_back(new.floor)
             self.store.shrink()  # after a prefill in chunks; decode steps take again what they give back
             # the forward's own tokens reach attention without the cache
-            if self.columns == 0:
+            if not self.holds_tokens:
                 self._first = first_in_reach(new.counts, self.window, self.block_size)
         self._before = _Before(None, self._mask, self._cache_seqlens, self._exact)
 
@@ -82,7 +83,7 @@ class PageGroup(StoredRows):
         Raises:
             CacheFullError: no room under the cap of `max_blocks`.
         """
-        self.store.blocks.max_blocks = max_blocks
+        self.store.set_cap(max_blocks)
         # pools that take whole pages copy nothing when they grow
         self.store.blocks.growth = 0 if self.pools.is_elastic else GROWTH
         try:
@@ -92,6 +93,8 @@ class PageGroup(StoredRows):
         self._before = replace(self._before, change=change)
 
     def _append(self, new: NewTokens) -> Append:
+        if new.sharing is not None:
+            return self.manager.append_sharing(new.counts, *new.sharing)
         if new.repeats == 1:
             return self.manager.append(new.counts, self._first)
         rows = np.arange(0, self.batch, new.repeats)
@@ -122,9 +125,9 @@ class PageGroup(StoredRows):
             self.pools.copy_blocks(self._before.change.copies)
 
     def begin(
-        self, new: NewTokens, mask: torch.Tensor | None, q_length: int, device: torch.device, *, knows_mask: bool
+        self, new: NewTokens, mask: torch.Tensor | None, end: int, device: torch.device, *, knows_mask: bool
     ) -> None:
-        """Makes the step that `plan` prepared: tables and slots on the device; `step` is it then."""
+        """Makes the step that `plan` prepared, up to column `end`: tables and slots on the device."""
         change, start = self._before.change, self.columns
         self._cache_seqlens = new.cache_seqlens
         block_table = self._table_on(device, change)
@@ -134,12 +137,13 @@ class PageGroup(StoredRows):
         else:
             before = self.manager.lengths - new.counts
             position = before[:, None] + np.cumsum(new.real, 1, dtype=np.int64) - 1
-            self.has_padding |= not new.real.all()
+            self.has_padding |= mask is not None if new.is_packed else not new.real.all()
             is_stored = new.real & (np.arange(self.batch) % new.repeats == 0)[:, None]
-            slots = to_device(self._slots(np.where(is_stored, position, -1)).reshape(-1), device)
+            slots = self._slots(np.where(is_stored, position, -1))
+            slots = to_device(slots[new.real] if new.is_packed else slots.reshape(-1), device)
         step = ForwardStep(
             start=start,
-            end=start + q_length,
+            end=end,
             batch=self.batch,
             slot_mapping=slots,
             block_table=block_table,
@@ -150,11 +154,29 @@ class PageGroup(StoredRows):
             indices=new.indices,
             cu_seqlens_q=new.cu_seqlens_q,
             knows_mask=knows_mask,
+            is_packed=new.is_packed,
+            has_past=start > 0 or bool((self.manager.lengths > new.counts).any()),
         )
         self.knows_mask = knows_mask
         self._mask = mask if mask is not None else self._mask
         self.columns = step.end
         self.step = step
+
+    def end_packed(self) -> None:
+        """Leaves of a packed step what rows of a batch can read."""
+        if self.step is not None and self.step.is_packed:
+            self.step = read_only(self.step)
+
+    def note_window(self) -> None:
+        """Takes in what the mask of a forward says that was planned before it."""
+        if self.is_announced:
+            self.keeps_to_window = self.is_told_to_keep
+
+    @property
+    def is_told_to_keep(self) -> bool:
+        """Whether this forward's mask says that the group's layers see no further than its window."""
+        told = self.pending_window
+        return self.window is not None and self.is_announced and told is not None and told < self.window
 
     def _slots_on_device(
         self, mask: torch.Tensor | None, block_table: torch.Tensor, before: torch.Tensor

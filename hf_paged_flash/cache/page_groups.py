@@ -1,6 +1,7 @@
 """The groups of a cache: all take a forward's tokens together, or none does."""
 
 import copy
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from .layer_pools import growth_error
 from .length_floor import LengthFloor
 from .mask_handoff import expect_no_mask
 from .page_group import PageGroup
+from .prepared_forward import PackedTokens, PreparedForward
 
 
 class PageGroups(list[PageGroup]):
@@ -25,6 +27,8 @@ class PageGroups(list[PageGroup]):
         cross: the groups of the cross-attention cache beside this one; None for none.
         is_cross: whether these hold an encoder's keys, which the queries of another sequence look at.
         repeats: (rows, n), where `rows` rows are stored at once, each n of them are alike and share their blocks.
+        sharing: what rows of the next packed forward begin with that others compute in it, see `NewTokens.sharing`.
+        prepared: the forward under way, where its tokens were told before; see prepared_forward.py.
         states_changed: a layer's other state (linear attention, a convolution) has taken in this forward's tokens.
         states_ahead: such a state holds tokens of a forward that was taken back.
     """
@@ -35,6 +39,8 @@ class PageGroups(list[PageGroup]):
         self.cross: PageGroups | None = None
         self.is_cross = False
         self.repeats = (0, 1)
+        self.sharing: tuple[np.ndarray, np.ndarray] | None = None
+        self.prepared: PreparedForward | None = None
         self.states_changed = self.states_ahead = False
         self._floor = LengthFloor()
 
@@ -68,18 +74,42 @@ class PageGroups(list[PageGroup]):
         """
         expect_no_mask()  # whoever made this forward's mask, the next one is another forward's
         announced = [group for group in self if group.is_announced]
-        keeps = [_keeps_to_window(group) for group in self]
+        keeps = [group.is_told_to_keep for group in self]
         masks = [group.pending_mask for group in self if group.pending_mask is not None]
         mask = masks[0] if masks else None
         for group in self:
             group.forget_announcement()
         if self.is_cross and mask is not None and mask.shape != (batch, q_length):
             announced, mask = [], None  # of something else than these keys
-        self._check(batch, mask, q_length)
-        on_device = any(group._counts_on_device(mask, q_length, device) for group in self)
-        if not on_device:
-            self.sync_lengths()
-        new = self._new_tokens(mask, batch, q_length, device, on_device)
+        self.check(batch, mask, q_length)
+        new = self._new_tokens(mask, batch, q_length, device)
+        self._take(new, keeps, mask, self.columns + q_length, device, knows_mask=bool(announced))
+
+    @torch.inference_mode(False)
+    def begin_packed(self, packed: PackedTokens, device: torch.device) -> None:
+        """`begin` for the tokens of a packed forward, see `packed_forward`."""
+        self._floor.restart(self[0].manager.lengths)
+        new = packed.new_tokens(self._floor.lengths, device)
+        keeps = [group.is_told_to_keep for group in self]
+        self._take(new, keeps, packed.mask, packed.real.shape[1], device, knows_mask=True)
+
+    @torch.inference_mode(False)
+    def begin_planned(self, q_length: int, device: torch.device) -> None:
+        """`begin` for `q_length` more tokens in each row, before the forward, see `planned_forward`."""
+        new = self._new_tokens(None, self.batch, q_length, device)
+        keeps = [group.keeps_to_window for group in self]
+        self._take(new, keeps, None, self.columns + q_length, device, knows_mask=True)
+
+    def _take(
+        self,
+        new: NewTokens,
+        keeps: list[bool],
+        mask: torch.Tensor | None,
+        end: int,
+        device: torch.device,
+        *,
+        knows_mask: bool,
+    ) -> None:
         start = self.columns
         for group, keeps_to_window in zip(self, keeps, strict=True):
             group.prepare(new, keeps_to_window)
@@ -92,14 +122,22 @@ class PageGroups(list[PageGroup]):
             for group in self:
                 group.copy_shared()
             for group in self:
-                group.begin(new, mask, q_length, device, knows_mask=bool(announced))
-        except BaseException:
+                group.begin(new, mask, end, device, knows_mask=knows_mask)
+        except BaseException as error:
             self._refuse(start)
-            raise
+            is_of_device = isinstance(error, CacheFullError) and error.__cause__ is not None
+            if not is_of_device or not any(group.store.forget_kept() for group in self):
+                raise
+            self._take(new, keeps, mask, end, device, knows_mask=knows_mask)
 
-    def _check(self, batch: int, mask: torch.Tensor | None, q_length: int) -> None:
+    def check(self, batch: int, mask: torch.Tensor | None, q_length: int, *, may_hold_tokens: bool = False) -> None:
+        """Begins empty rows where there are no columns; `may_hold_tokens`: those that were given tokens stay.
+
+        Raises:
+            ArgumentError: another batch size than stored, or a mask that does not cover all columns.
+        """
         columns = self.columns
-        if columns == 0 and batch != self.batch:
+        if columns == 0 and (batch != self.batch or (self[0].holds_tokens and not may_hold_tokens)):
             for group in self:
                 group.manager.start_rows(batch)
         elif batch != self.batch:
@@ -114,10 +152,11 @@ class PageGroups(list[PageGroup]):
                 "conversation to generate(), not the new turn alone; `crop()` takes a turn back, `reset()` starts anew"
             )
 
-    def _new_tokens(
-        self, mask: torch.Tensor | None, batch: int, q_length: int, device: torch.device, on_device: bool
-    ) -> NewTokens:
+    def _new_tokens(self, mask: torch.Tensor | None, batch: int, q_length: int, device: torch.device) -> NewTokens:
         first = self[0]
+        on_device = any(group._counts_on_device(mask, q_length, device) for group in self)
+        if not on_device:
+            self.sync_lengths()
         if all(group.is_exact for group in self):
             self._floor.restart(first.manager.lengths)
         if on_device:
@@ -251,6 +290,11 @@ class PageGroups(list[PageGroup]):
         for group in self:
             group.select(rows)
 
+    def start_from(self, blocks: Sequence[np.ndarray]) -> None:
+        """Begins rows without a column that hold full `blocks[b]`; those there were are gone."""
+        for group in self:
+            group.start_from(blocks)
+
     def fork(self, rows: np.ndarray) -> "PageGroups":
         """Groups of their own whose row i is what row `rows[i]` is here, see `PageGroup.fork`."""
         fork = PageGroups([group.fork(rows) for group in self], self.max_memory)
@@ -267,9 +311,3 @@ class PageGroups(list[PageGroup]):
         self.states_changed = self.states_ahead = False
         for group in self:
             group.clear()
-
-
-def _keeps_to_window(group: PageGroup) -> bool:
-    """Whether this forward's mask says that the group's layers see no further than its window."""
-    told = group.pending_window
-    return group.window is not None and group.is_announced and told is not None and told < group.window

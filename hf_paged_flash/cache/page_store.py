@@ -1,5 +1,6 @@
 """What the forks of a group share: one pool a layer, and the blocks in them."""
 
+import os
 import weakref
 from typing import TYPE_CHECKING
 
@@ -8,9 +9,12 @@ import torch
 
 from .blocks import Blocks
 from .layer_pools import LayerPools
+from .prefix_index import PrefixIndex
 
 if TYPE_CHECKING:
     from .page_group import PageGroup
+
+KEPT_SHARE = 1 / 8
 
 
 class PageStore:
@@ -21,12 +25,15 @@ class PageStore:
         blocks: which of the pools' blocks are free.
         groups: a group and its forks, weakly.
         loaded: layers whose pool came from a file and has met no model yet.
+        kept_memory: bytes that blocks of the index of prefixes alone take at most; None for as many as there is room
+            for under the cap or, without one, `KEPT_SHARE` of the device's memory.
     """
 
     def __init__(self, block_size: int, num_layers: int, num_blocks: int | None, max_memory: int | None) -> None:
         self.pools = LayerPools(num_layers, num_blocks, max_memory)
         self.blocks = Blocks(block_size, num_blocks)
         self.loaded: set[int] = set()
+        self.kept_memory: int | None = None
         self.groups: weakref.WeakSet[PageGroup] = weakref.WeakSet()
 
     def give_back(self) -> bool:
@@ -37,6 +44,27 @@ class PageStore:
         self.pools.release()
         self.blocks.clear()
         return True
+
+    def keep_prefixes(self, kept_memory: int | None) -> None:
+        """Makes an index of prefixes over the blocks; see `kept_memory`."""
+        self.blocks.index = PrefixIndex(self.blocks.block_size)
+        self.kept_memory = kept_memory
+
+    def set_cap(self, max_blocks: int | None) -> None:
+        """From now on there are at most `max_blocks` blocks; None for no cap."""
+        self.blocks.max_blocks = max_blocks
+        if self.blocks.index is None or not self.pools.block_bytes:
+            return
+        size = self.kept_memory
+        if size is None and max_blocks is None:
+            size = int(_memory_of(self.pools.device) * KEPT_SHARE)
+        self.blocks.max_kept = None if size is None else size // self.pools.block_bytes
+
+    def forget_kept(self) -> bool:
+        """Frees the blocks that are kept for prompts to come; whether there were any."""
+        kept = self.blocks.blocks_kept
+        self.blocks.forget(kept)
+        return kept > 0
 
     def use_room(self) -> None:
         """Lets rows have what the pools hold beyond what was asked for: the rest of their last pages."""
@@ -52,6 +80,7 @@ class PageStore:
         blocks = self.blocks
         groups = list(self.groups)  # held, so that no table is dropped half way and misses the moves
         blocks.collect()
+        blocks.forget_surplus()
         if blocks.blocks_free < blocks.num_blocks // 8:
             return
         keep = blocks.blocks_used + blocks.blocks_used // 16 + 1  # what grows again a little need not ask for it
@@ -76,6 +105,8 @@ class PageStore:
     def stored_tokens(self) -> int:
         """Tokens that the blocks hold, a shared block's tokens once, those of all forks. Waits for the device."""
         filled = np.zeros(self.blocks.num_blocks, np.int64)
+        if self.blocks.index is not None:
+            filled[self.blocks.index.used_at >= 0] = self.blocks.block_size
         for group in list(self.groups):
             group.sync_lengths()
             np.maximum(filled, group.manager.filled(), out=filled)
@@ -86,3 +117,9 @@ class PageStore:
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state, groups=weakref.WeakSet())
+
+
+def _memory_of(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,7 +1,7 @@
 """PagedCache: the cache that transformers' models and `generate()` work with."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from os import PathLike
 
 import numpy as np
@@ -22,6 +22,7 @@ from .page_group import PageGroup
 from .page_groups import PageGroups
 from .page_store import PageStore
 from .paged_layer import PagedLayer
+from .prefixes import Prefixes
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -55,11 +56,16 @@ class PagedCache(Cache):
         num_blocks: cap in blocks, for each group of layers; None for no cap.
         max_memory: cap on the K/V memory taken from the device, in bytes, or as "4GiB"; None for no cap.
         dtype: dtype to store in; None stores what the model computes.
+        prefix_caching: keep full blocks after their rows have gone, so that each `generate()` call computes of its
+            prompts only what no earlier one has. A call begins new rows: pass whole prompts. Kept blocks give way to
+            rows that need them, the least recently used first. They take what the cap allows or, without a cap, an
+            eighth of the device's memory; bytes, or "4GiB", for a bound of their own.
 
     Raises:
-        ArgumentError: `block_size`, `num_blocks`, `max_memory` or `dtype` is none of these, or `max_memory` is less
-            than one block of the model takes.
-        UnsupportedFeatureError: the model has layers whose state cannot be paged, or none with keys and values.
+        ArgumentError: `block_size`, `num_blocks`, `max_memory`, `dtype` or `prefix_caching` is none of these, or
+            `max_memory` is less than one block of the model takes.
+        UnsupportedFeatureError: the model has layers whose state cannot be paged, or none with keys and values; or,
+            with `prefix_caching`, layers that do not keep all keys, or keys that depend on what comes later.
     """
 
     def __init__(
@@ -70,6 +76,7 @@ class PagedCache(Cache):
         num_blocks: int | None = None,
         max_memory: int | str | None = None,
         dtype: torch.dtype | None = None,
+        prefix_caching: bool | int | str | None = False,
     ) -> None:
         if not isinstance(config, PreTrainedConfig):
             raise ArgumentError(
@@ -81,7 +88,9 @@ class PagedCache(Cache):
             raise ArgumentError(f"`num_blocks` must be an integer from 1, or None for no cap, got {num_blocks!r}")
         if dtype is not None and dtype not in DTYPES:
             raise ArgumentError(f"`dtype` must be one of {DTYPES}, or None for the model's, got {dtype!r}")
-        max_memory = bytes_of(max_memory)
+        max_memory = bytes_of(max_memory, "max_memory", "None for no cap")
+        kept_memory = None if type(prefix_caching) is bool else prefix_caching
+        kept_memory = bytes_of(kept_memory, "prefix_caching", "True or False")
         decoder = config.get_text_config(decoder=True)
         layer_types, layer_kwargs = get_layer_types_and_kwargs(decoder)
         if isinstance(layer_kwargs, dict):  # one for all layers before transformers 5.18, then one a layer
@@ -99,6 +108,8 @@ class PagedCache(Cache):
         }
         self.groups = PageGroups(list(by_window.values()), max_memory)
         self.config, self.dtype = config, dtype
+        self.prefixes: Prefixes | None = None
+        self.prefix_root: Hashable = None  # of the rows that a `generate()` call has begun, in the index of prefixes
         layers = []
         for idx, (kind, kwargs) in enumerate(zip(layer_types, layer_kwargs, strict=True)):
             if is_paged[idx]:
@@ -120,6 +131,9 @@ class PagedCache(Cache):
                 "`DynamicCache(config=model.config)`"
             )
         super().__init__(layers=layers)
+        if prefix_caching not in (False, None):
+            self.prefixes = Prefixes(self.groups, decoder, layer_types)
+            self.group.store.keep_prefixes(kept_memory)
 
     @property
     def group(self) -> PageGroup:
@@ -138,7 +152,7 @@ class PagedCache(Cache):
 
     def memory(self) -> CacheMemory:
         """What is reserved, stored and wasted now. Forks share what they report. Waits for the device."""
-        return memory_of(self.groups)
+        return memory_of(self.groups, self.prefixes)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """As in `Cache`, which every forward asks before its first layer, and some layers ask again.
@@ -174,7 +188,10 @@ class PagedCache(Cache):
         return [linear and not has_keys for linear, has_keys in zip(super().is_linear, paged, strict=True)]
 
     def reset(self) -> None:
-        """Forgets every token; the cap stays. The memory is given back as soon as no fork holds a token either."""
+        """Forgets every token, those kept for later prompts too; the cap stays.
+
+        The memory is given back as soon as no fork holds a token either.
+        """
         self.groups.clear()
         super().reset()
         reset_states(self.layers)
@@ -270,7 +287,9 @@ class PagedCache(Cache):
         return fork
 
     def save(self, path: str | PathLike) -> None:
-        """Writes the cache to a safetensors file: blocks in use, shared ones once; tables and lengths; no code.
+        """Writes the cache to a safetensors file: its rows' blocks, shared ones once; tables and lengths; no code.
+
+        What `prefix_caching` keeps is not among them, and the cache that is loaded is without it.
 
         Raises:
             PagedFlashError: a forward stopped half way.

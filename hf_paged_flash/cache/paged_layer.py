@@ -155,7 +155,7 @@ class PagedLayer(CacheLayerMixin):
             self._store(key_states, value_states, step)
             self.group.layer_columns[self.layer_idx] = step.end
             self._step = step
-            fresh = (key_states, value_states) if step.start == 0 else (None, None)
+            fresh = (None, None) if step.has_past else (key_states, value_states)
             handles = self._handle("key", fresh[0]), self._handle("value", fresh[1])
         except BaseException:
             self.groups.take_back(step)  # does nothing where the group itself has done so
@@ -172,6 +172,8 @@ class PagedLayer(CacheLayerMixin):
     def _join_step(self, key_states: torch.Tensor) -> ForwardStep:
         group = self.group
         batch, _, q_length, _ = key_states.shape
+        if self.groups.prepared is not None:
+            return self.groups.prepared.join(group, self.columns, (batch, q_length), key_states.device)
         if self.columns == group.columns:
             self.groups.begin(batch, q_length, key_states.device)
             return group.step
@@ -191,6 +193,8 @@ class PagedLayer(CacheLayerMixin):
     def _handle(self, kind: str, fresh: torch.Tensor | None) -> PagedTensor:
         pool = self.pool.key if kind == "key" else self.pool.value
         size = (self.group.batch, pool.shape[2], self.columns, pool.shape[3])
+        if self._step.is_packed:  # a row's tokens after another's
+            size = (1, pool.shape[2], int(self.group.manager.lengths.sum()), pool.shape[3])
         return PagedTensor.wrap(self, kind, self._step, self._nan, size, fresh)
 
     def gather(self, kind: str, step: ForwardStep, fresh: torch.Tensor | None = None) -> torch.Tensor:
@@ -236,6 +240,8 @@ class PagedLayer(CacheLayerMixin):
         self.group.record_past = True
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self.groups.prepared is not None:
+            return self.groups.prepared.mask_sizes(self.group, query_length)
         if self.is_under_way(query_length):  # the layer itself asks, for a bias of its own (Inkling)
             return self.group.step.end, 0
         sizes = self.group.mask_sizes(query_length)

@@ -77,7 +77,7 @@ class PagedTensor(torch.Tensor):
     Attributes:
         layer: the `PagedLayer` that stores them.
         kind: "key" or "value".
-        step: the forward that returned them; L is its `end`.
+        step: the forward that returned them; L is its `end`, or packed, B being 1, all tokens of all rows.
         fresh: the forward's own keys or values (B, Hkv, L, D) where nothing had been stored before, else None.
     """
 
@@ -105,6 +105,12 @@ class PagedTensor(torch.Tensor):
 
         Zeros in padded columns, and in those that a sliding window has left behind for good.
         """
+        if self.step.is_packed:
+            raise UnsupportedFeatureError(
+                f"`{reason}` needs dense keys and values where the rows of a batch are packed (`generate()` does so "
+                "with padded prompts), which paged_flash took the model not to do: pass "
+                "`past_key_values=DynamicCache(config=model.config)`, and report it"
+            )
         backend.count("dense_gather", reason)
         logger.warning_once(
             f"paged {self.kind}s were gathered into a dense tensor for `{reason}`: correct, but slower and larger "

@@ -1,5 +1,6 @@
 """The rows of a group of layers as they are stored: which columns are tokens, and which blocks these lie in."""
 
+from collections.abc import Sequence
 from typing import Self
 
 import numpy as np
@@ -52,6 +53,8 @@ class StoredRows:
     def clear(self) -> None:
         """Forgets every token and gives the memory back, as soon as no fork has a token either."""
         self.manager.start_rows(0)
+        if self.store.blocks.index is not None:
+            self.store.blocks.forget()
         self._start()
         if not self.store.give_back():
             self.store.shrink()
@@ -87,6 +90,11 @@ class StoredRows:
             return None
         known = self._mask[:, : self.columns].cpu().numpy()
         return np.pad(known, ((0, 0), (0, self.columns - known.shape[1])), constant_values=True)
+
+    @property
+    def holds_tokens(self) -> bool:
+        """Whether a forward finds something stored: columns, or tokens that rows without columns were given."""
+        return self.columns > 0 or bool(self.manager.lengths.any())
 
     @property
     def is_exact(self) -> bool:
@@ -163,6 +171,12 @@ class StoredRows:
             self._mask = self._mask[torch.from_numpy(rows).to(self._mask.device)]
         self._lengths_changed(self.columns)
         self.store.shrink()
+
+    def start_from(self, blocks: Sequence[np.ndarray]) -> None:
+        """Begins rows without a column that hold full `blocks[b]`; those there were are gone."""
+        self.manager.start_from(blocks)
+        self._exact = True
+        self._lengths_changed(0)
 
     def move(self, place: np.ndarray) -> None:
         """Follows blocks that moved from b to `place[b]`; the last step can't be taken back any more."""

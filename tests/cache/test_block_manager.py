@@ -16,6 +16,7 @@ from hypothesis.stateful import (
 )
 
 from hf_paged_flash.cache.block_manager import BlockManager
+from hf_paged_flash.cache.prefix_index import PrefixIndex, shared_in_batch
 from hf_paged_flash.errors import CacheFullError
 
 UNWRITTEN = -1
@@ -54,12 +55,15 @@ class Machine(RuleBasedStateMachine):
     @initialize(
         block_size=st.sampled_from([1, 2, 4, 16]),
         max_blocks=st.one_of(st.none(), st.integers(1, 24)),
+        max_kept=st.one_of(st.none(), st.integers(0, 12)),
         rows=st.integers(1, 5),
     )
-    def start(self, block_size, max_blocks, rows):
+    def start(self, block_size, max_blocks, max_kept, rows):
         manager = BlockManager(block_size, max_blocks)
         manager.start_rows(rows)
         self.blocks = manager.blocks
+        self.blocks.index, self.blocks.max_kept = PrefixIndex(block_size), max_kept
+        self.prompts = [[]]  # what was put in the index; it may have forgotten them
         self.forks = [Fork(manager, [[] for _ in range(rows)])]
         self.slots = np.full((0, block_size), UNWRITTEN)
         self.next_token = 0
@@ -93,10 +97,11 @@ class Machine(RuleBasedStateMachine):
     def append_to(self, fork: Fork, counts: list[int], first: np.ndarray | None = None):
         self.blocks.collect()
         before, needed = snapshot(fork.manager), fork.manager.blocks_needed(np.array(counts, np.int64), first)
+        surplus = self.surplus()
         try:
             change = fork.manager.append(np.array(counts, np.int64), first)
         except CacheFullError as error:
-            assert snapshot(fork.manager) == before
+            assert snapshot(fork.manager) == before or surplus
             assert needed == error.blocks_needed > error.blocks_free >= 0
             return None
         assert needed == len(change.blocks)
@@ -138,7 +143,7 @@ class Machine(RuleBasedStateMachine):
     def append_and_undo(self, data):
         fork = self.one(data)
         counts = data.draw(st.lists(st.integers(0, 20), min_size=len(fork.rows), max_size=len(fork.rows)))
-        before = snapshot(fork.manager)
+        before, known = snapshot(fork.manager), len(self.blocks.index)
         change = self.append_to(fork, counts, self.draw_first(data, fork, counts))
         if change is None:
             return
@@ -148,8 +153,65 @@ class Machine(RuleBasedStateMachine):
         kept = max(change.num_blocks, min(room, self.blocks.num_blocks))
         fork.manager.undo(change, room)
         assert self.blocks.num_blocks == kept
-        if kept == change.num_blocks:
+        if kept == change.num_blocks and known == len(self.blocks.index):
             assert snapshot(fork.manager) == before
+
+    def surplus(self) -> int:
+        """Blocks that are kept beyond `max_kept`."""
+        return 0 if self.blocks.max_kept is None else max(self.blocks.blocks_kept - self.blocks.max_kept, 0)
+
+    @rule(data=st.data())
+    def keep(self, data):
+        """A row's full blocks go in the index, as its prompt does after a prefill."""
+        fork = self.one(data)
+        row = data.draw(st.integers(0, len(fork.rows) - 1))
+        tokens = fork.rows[row]
+        if fork.manager.first[row]:
+            return  # models with sliding windows have no index
+        full = self.blocks.index.full_blocks(np.array(tokens))
+        self.blocks.keep("root", full, fork.manager.table[row, : len(full)])
+        self.prompts.append(list(tokens))
+
+    @rule(data=st.data())
+    def start_from_what_is_known(self, data):
+        """Rows that begin anew with prompts seen before, and others alike in the batch."""
+        fork, index = self.one(data), self.blocks.index
+        count = len(fork.rows)
+        prompts = [
+            self.prompts[data.draw(st.integers(0, len(self.prompts) - 1))]
+            + list(range(self.next_token, self.next_token + data.draw(st.integers(1, 9))))
+            for _ in range(count)
+        ]
+        self.next_token += 9
+        full = [index.full_blocks(np.array(prompt[:-1])) for prompt in prompts]
+        found = [index.find("root", tokens) for tokens in full]
+        fork.manager.start_from(found)
+        source, shared = shared_in_batch(full)
+        held = np.array([len(blocks) for blocks in found])
+        stored = np.maximum(held, shared) * self.blocks.block_size
+        counts = np.array([len(prompt) for prompt in prompts]) - stored
+        try:
+            change = fork.manager.append_sharing(counts, source, shared)
+        except CacheFullError:
+            change = None
+        else:
+            self.copy_blocks(change)
+        if change is not None and data.draw(st.booleans()):
+            fork.rows = prompts
+            for row, prompt in enumerate(prompts):
+                self.slots[self.places(fork, row, int(stored[row]), len(prompt))] = prompt[int(stored[row]) :]
+            return
+        if change is not None:
+            fork.manager.undo(change)
+        lengths = held * self.blocks.block_size
+        fork.rows = [prompt[:length] for prompt, length in zip(prompts, lengths, strict=True)]
+
+    @rule(count=st.one_of(st.none(), st.integers(0, 5)))
+    def forget(self, count):
+        kept = self.blocks.blocks_kept
+        self.blocks.forget(count)
+        assert self.blocks.blocks_kept <= max(kept - (kept if count is None else count), 0)
+        assert count is not None or not len(self.blocks.index)
 
     @rule(data=st.data())
     def crop(self, data):
@@ -238,8 +300,8 @@ class Machine(RuleBasedStateMachine):
         for fork in self.forks:
             fork.manager.truncate(np.zeros(len(fork.rows), np.int64))
             fork.rows = [[] for _ in fork.rows]
-        assert self.blocks.blocks_used == 0
-        assert self.blocks.blocks_free == self.blocks.num_blocks
+        assert self.blocks.blocks_used == self.blocks.blocks_kept == len(self.blocks.index)
+        assert self.blocks.blocks_free == self.blocks.num_blocks - self.blocks.blocks_used
 
     @invariant()
     def rows_read_their_own_tokens(self):
@@ -265,11 +327,28 @@ class Machine(RuleBasedStateMachine):
         blocks = self.blocks
         tables = np.concatenate([fork.manager.table.ravel() for fork in self.forks])
         named = np.bincount(tables[tables >= 0], minlength=blocks.num_blocks)
-        assert named.tolist() == blocks.references.tolist()
-        assert blocks.blocks_free == (named == 0).sum()
+        is_indexed = blocks.index.used_at >= 0
+        assert len(blocks.index) == is_indexed.sum()
+        assert (named + is_indexed).tolist() == blocks.references.tolist()
+        assert blocks.blocks_free == (blocks.references == 0).sum()
+        assert blocks.blocks_kept == (is_indexed & (named == 0)).sum()
         assert blocks.blocks_used + blocks.blocks_free == blocks.num_blocks
         assert blocks.blocks_shared == int((named > 1).sum())
         assert blocks.max_blocks is None or blocks.num_blocks <= blocks.max_blocks
+
+    @invariant()
+    def what_is_known_is_what_was_computed(self):
+        """Each path spells what its blocks hold; a parent was used after its children."""
+        index = self.blocks.index
+        assert {index._known[key][1] for key in index._keys.values()} == set(index._keys)
+        nodes = {node: block for node, block in index._known.values()} | {node: -1 for node in index._roots.values()}
+        for (node, tokens), (_, block) in index._known.items():
+            parent = nodes[node]
+            assert np.frombuffer(tokens, np.int32).tolist() == self.slots[block].tolist()
+            assert index._parent[block] == parent
+            assert parent < 0 or index.used_at[parent] > index.used_at[block]
+        parents = index._parent[list(index._keys)]
+        assert np.bincount(parents[parents >= 0], minlength=self.blocks.num_blocks).tolist() == index._below.tolist()
 
     @invariant()
     def stored_tokens_are_counted_once(self):

@@ -1,0 +1,201 @@
+"""Prompts of `generate()` that begin as earlier ones did, under a cache with `prefix_caching`.
+
+Before the prefill its rows get the blocks that are known of their tokens; the packed prefill computes the rest, and
+from then on their full blocks are known. At the end of a call so are those of what was generated.
+"""
+
+import weakref
+from collections.abc import Callable, Hashable
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import ModelOutput, logging
+
+from ..cache import PagedCache
+from ..errors import ArgumentError
+from .packable import more_than_text, why_padded
+
+logger = logging.get_logger(__name__)
+_enabled: weakref.WeakKeyDictionary[PreTrainedModel, PagedCache] = weakref.WeakKeyDictionary()
+
+
+def enable_prefix_caching(
+    model: PreTrainedModel, max_memory: int | str | None = None, block_size: int = 16
+) -> PagedCache:
+    """Makes each `generate()` call of `model` compute of its prompts only what no earlier call has.
+
+    Opt-in, as the rest of a prompt is another batch shape than the whole, whose last bits can differ and turn a near
+    tie. Use the model from one thread at a time then.
+
+    Args:
+        max_memory: bytes, or "4GiB", that blocks kept for later prompts take; None for an eighth of the device.
+        block_size: tokens a block; prefixes are found in whole blocks.
+
+    Returns:
+        A cache whose `memory()` is of all these calls, and whose `reset()` forgets what they have computed.
+
+    Raises:
+        ArgumentError: `max_memory` or `block_size` is not as above.
+        UnsupportedFeatureError: a model whose layers do not keep all keys (sliding windows, linear attention, ...).
+    """
+    model = _generating(model)
+    kept = True if max_memory is None else max_memory
+    cache = PagedCache(model.config.get_text_config(decoder=True), block_size, prefix_caching=kept)
+    _enabled[model] = cache
+    return cache
+
+
+def disable_prefix_caching(model: PreTrainedModel) -> None:
+    """Undoes `enable_prefix_caching`: what was kept is given back."""
+    _enabled.pop(_generating(model), None)
+
+
+def _generating(model: PreTrainedModel) -> PreTrainedModel:
+    """The model whose `generate()` runs: PEFT's wrapper calls that of the one inside."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(model, PreTrainedModel):
+        raise ArgumentError(f"`model` must be a model of transformers, got {type(model).__name__}")
+    return model
+
+
+def enabled_cache(model: PreTrainedModel) -> PagedCache | None:
+    """A cache without rows for a call of `model`, sharing what earlier calls kept; None where it is not enabled."""
+    cache = _enabled.get(model)
+    if cache is None:
+        return None
+    if cache.prefixes.weights and not _are_weights_of(model, cache):  # of another device or dtype, perhaps
+        kept = cache.group.store.kept_memory or True
+        cache.__dict__.update(vars(PagedCache(cache.config, cache.group.block_size, prefix_caching=kept)))
+    begin_rows(cache, model)
+    return cache.fork()
+
+
+def begin_rows(cache: PagedCache, model: PreTrainedModel) -> None:
+    """Drops the rows of `cache`, whose full blocks stay known, for those of a call of `model`."""
+    if not _are_weights_of(model, cache):  # another model's, or they were changed: their keys are others
+        cache.prefixes.weights = [(weakref.ref(x), _state_of(x)) for x in model.parameters()]
+        cache.reset()
+    elif cache.columns:
+        cache.release(np.arange(cache.batch_size))
+    else:
+        cache.group.store.shrink()
+    cache.prefix_root = None
+
+
+def _are_weights_of(model: PreTrainedModel, cache: PagedCache) -> bool:
+    """Whether `cache` is of this model, and no weight was written to, replaced or moved since."""
+    told, weights = cache.prefixes.weights, list(model.parameters())
+    return len(told) == len(weights) and all(
+        weight() is x and state == _state_of(x) for (weight, state), x in zip(told, weights, strict=True)
+    )
+
+
+def _state_of(x: torch.Tensor) -> tuple:
+    """Another one once `x` was written to or moved."""
+    try:
+        address = x.data_ptr()
+    except RuntimeError:  # a sharded tensor has several
+        address = None
+    return address, None if x.is_inference() else x._version
+
+
+def _root_of(model: PreTrainedModel) -> Hashable:
+    """What else keys and values of a text depend on: the adapters that are on, and autocast."""
+    adapters = tuple(
+        (
+            tuple(module.active_adapters),
+            module.disable_adapters,
+            tuple(getattr(module, "merged_adapters", ())),
+            tuple(getattr(module, "scaling", {}).items()),
+        )
+        for module in model.modules()
+        if isinstance(getattr(module, "active_adapters", None), list)  # a layer of PEFT's; models have a method
+    )
+    device = model.device.type
+    is_autocast = torch.is_autocast_enabled(device)
+    return adapters, torch.get_autocast_dtype(device) if is_autocast else None
+
+
+def prefill(
+    run: Callable[[], ModelOutput],
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    cache: PagedCache,
+    generation_config: GenerationConfig,
+    model_kwargs: dict,
+) -> ModelOutput:
+    """`run()`, the packed prefill, of what is not known of the prompts; from then on it is.
+
+    Raises:
+        ArgumentError: a mask, or positions, of more columns than the prompts.
+    """
+    cache.prefix_root = None
+    if cache.columns or generation_config.is_assistant:
+        return run()  # a forward of the user's, or one round of an assistant, began these rows
+    _check_whole(input_ids, model_kwargs)
+    rows = _texts(input_ids, model_kwargs)
+    reason = "a model in training" if model.training else why_padded(model, cache, generation_config, model_kwargs)
+    if rows is None or reason is not None:
+        if reason is not None:
+            logger.warning_once(f"prefixes of prompts to {type(model).__name__} are not looked up: {reason}")
+        return run()
+    prefixes, groups, root = cache.prefixes, cache.groups, _root_of(model)
+    known = prefixes.start_rows(groups, root, rows, shares=generation_config.prefill_chunk_size is None)
+    try:
+        outputs = run()
+    except BaseException:
+        if not cache.columns:
+            groups.start_from([])
+        raise
+    finally:
+        groups.sharing = None
+    prefixes.count(groups, rows, known)
+    prefixes.add(groups, root, rows)
+    cache.prefix_root = root
+    return outputs
+
+
+def keep_answers(
+    cache: PagedCache, result: torch.Tensor | ModelOutput, prompt: int, attention_mask: torch.Tensor | None
+) -> None:
+    """Makes known what a call's rows (B, columns) go on with after `prompt` columns, in which a mask tells the tokens.
+
+    A cache that nobody has after the call drops its rows.
+    """
+    is_plain = isinstance(result, torch.Tensor)
+    sequences = result if is_plain else result.sequences
+    if cache.prefix_root is None or len(sequences) != cache.batch_size:
+        return
+    sequences = sequences.cpu().numpy()
+    mask = np.ones(sequences.shape, bool)
+    if attention_mask is not None:
+        mask[:, :prompt] = attention_mask[:, :prompt].bool().cpu().numpy()
+    rows = [tokens[real] for tokens, real in zip(sequences, mask, strict=True)]
+    cache.prefixes.add(cache.groups, cache.prefix_root, rows)
+    if is_plain and not getattr(cache, "_is_user_defined", False):
+        cache.release(np.arange(cache.batch_size))
+
+
+def _check_whole(input_ids: torch.Tensor, model_kwargs: dict) -> None:
+    told = [model_kwargs[name] for name in ("attention_mask", "position_ids") if model_kwargs.get(name) is not None]
+    columns = told[0].shape[-1] if told else input_ids.shape[-1]
+    if model_kwargs.get("inputs_embeds") is None and columns != input_ids.shape[-1]:
+        raise ArgumentError(
+            f"`input_ids` must have the {columns} columns of `attention_mask`, got {input_ids.shape[-1]}: with "
+            "`prefix_caching` each generate() call begins new rows. Pass the whole conversation, not its new turn"
+        )
+
+
+def _texts(input_ids: torch.Tensor, model_kwargs: dict) -> list[np.ndarray] | None:
+    """The tokens of each row; None where keys and values depend on more than these and how many come before."""
+    mask, position_ids = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
+    if input_ids.dim() != 2 or (mask is not None and mask.shape != input_ids.shape) or more_than_text(model_kwargs):
+        return None
+    mask = torch.ones_like(input_ids) if mask is None else mask
+    mask = mask.bool().cpu()
+    if position_ids is not None:
+        counted = (mask.long().cumsum(1) - 1).expand(*position_ids.shape[:-2], *mask.shape)
+        if not torch.equal(counted[..., mask], position_ids.cpu().expand_as(counted)[..., mask]):
+            return None
+    return [row[real] for row, real in zip(input_ids.cpu().numpy(), mask.numpy(), strict=True)]

@@ -1,0 +1,71 @@
+"""`generate()` with a cache that has `prefix_caching` computes of a prompt what is not known of it.
+
+Why: what a prompt begins with is known before the prefill, and what was generated when the call ends; no public hook
+lies at either place.
+"""
+
+from transformers.generation.utils import GenerationMixin
+
+from hf_paged_flash.patches.base import Patch, cache_name
+
+_CHECKED = ("5.17.0", "5.23.0", "5.24.0")
+
+
+def prefix_cache(model_kwargs: dict):
+    """The cache among a model's arguments, if it keeps prefixes; else None."""
+    from hf_paged_flash.cache import PagedCache
+
+    cache = model_kwargs.get(cache_name(model_kwargs))
+    return cache if isinstance(cache, PagedCache) and cache.prefixes is not None else None
+
+
+def _prefill(original, self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
+    cache = prefix_cache(model_kwargs)
+
+    def run():
+        return original(self, input_ids, generation_config, model_kwargs, is_first_iteration)
+
+    if cache is None:
+        return run()
+    from hf_paged_flash.generation import prefix_caching
+
+    return prefix_caching.prefill(run, self, input_ids, cache, generation_config, model_kwargs)
+
+
+def _sample(original, self, input_ids, *args, **kwargs):
+    result = original(self, input_ids, *args, **kwargs)
+    cache = prefix_cache(kwargs)
+    if cache is not None:
+        from hf_paged_flash.generation import prefix_caching
+
+        prefix_caching.keep_answers(cache, result, input_ids.shape[1], kwargs.get("attention_mask"))
+    return result
+
+
+PREFIX_CACHING = (
+    Patch(
+        owner=lambda: GenerationMixin,
+        name="_prefill",
+        parameters=("self", "input_ids", "generation_config", "model_kwargs", "is_first_iteration"),
+        wrapper=_prefill,
+        reason="what is known of a prompt is not computed",
+        checked=_CHECKED,
+    ),
+    Patch(
+        owner=lambda: GenerationMixin,
+        name="_sample",
+        parameters=(
+            "self",
+            "input_ids",
+            "logits_processor",
+            "stopping_criteria",
+            "generation_config",
+            "synced_gpus",
+            "streamer",
+            "model_kwargs",
+        ),
+        wrapper=_sample,
+        reason="what was generated is known to later prompts",
+        checked=_CHECKED,
+    ),
+)

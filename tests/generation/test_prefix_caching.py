@@ -1,0 +1,476 @@
+"""Prompts that begin as earlier ones did: eager's tokens whether they hit or miss, and what is known not computed."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig
+
+import hf_paged_flash
+from hf_paged_flash import ArgumentError, PagedCache, UnsupportedFeatureError, backend
+from hf_paged_flash.cache import elastic_memory
+from tests.cache.fake_driver import FakeDriver
+from tests.integration.models import attentive_config, new_tokens
+from tests.tiny_models import VOCAB_SIZE, ragged_batch, tiny_config, tiny_model
+
+NEW = 20
+BLOCK = 16
+_SHAPE = {"vocab_size": VOCAB_SIZE, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
+_SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1}
+_SHAPE |= {"eos_token_id": None}
+_MOE = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 32}
+pytestmark = pytest.mark.usefixtures("reference_backend")
+
+
+def config_of(model_type: str):
+    if model_type == "qwen3_moe":
+        return AutoConfig.for_model(model_type, **_SHAPE, **_MOE)
+    return attentive_config(model_type)
+
+
+@pytest.fixture(scope="module")
+def models():
+    """A function from a model type to its models under (eager, paged_flash)."""
+    made = {}
+
+    def of(model_type: str):
+        if model_type not in made:
+            config = config_of(model_type)
+            made[model_type] = tuple(tiny_model(config, name) for name in ("eager", "paged_flash"))
+        return made[model_type]
+
+    return of
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """Tokens of each forward of a model, once it is watched."""
+    hooks = []
+
+    def watch(model) -> list[int]:
+        counts = []
+
+        def note(module, args, kwargs):
+            counts.append(kwargs["input_ids"].numel())
+
+        hooks.append(model.register_forward_pre_hook(note, with_kwargs=True))
+        return counts
+
+    yield watch
+    for hook in hooks:
+        hook.remove()
+
+
+def text(length: int, seed: int) -> torch.Tensor:
+    return torch.randint(2, VOCAB_SIZE, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+def batch(*rows: torch.Tensor, side: str = "left") -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of tokens as padded ids and their mask."""
+    width = max(len(row) for row in rows)
+    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
+    for index, row in enumerate(rows):
+        place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[index, place], mask[index, place] = row, 1
+    return ids, mask
+
+
+def check(models, ids, mask, **options) -> torch.Tensor:
+    """Asserts that both add the same tokens, and returns them."""
+    eager, paged = models
+    expected = new_tokens(eager, ids, mask, max_new_tokens=NEW)
+    ours = new_tokens(paged, ids, mask, **{"max_new_tokens": NEW} | options)
+    assert torch.equal(ours, expected)
+    return ours
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gpt2", "qwen3_moe"])
+@pytest.mark.parametrize("kept", ["by the model", "by a cache"])
+def test_tokens_are_eagers(models, computed, model_type, kept):
+    pair = models(model_type)
+    options = {}
+    if kept == "by the model":
+        cache = hf_paged_flash.enable_prefix_caching(pair[1])
+    else:
+        cache = options["past_key_values"] = PagedCache(pair[1].config, prefix_caching=True)
+    counts = computed(pair[1])
+    system = text(70, 1)
+    try:
+        first = torch.cat([system, text(10, 2)])
+        check(pair, first[None], None, **options)
+        assert counts[0] == 80 and cache.memory().prefix_tokens_hit == 0
+        counts.clear()
+        rows = [torch.cat([system, text(5, 3)]), torch.cat([system[:40], text(8, 4)]), text(30, 5), first[:64]]
+        check(pair, *batch(*rows), **options)
+        # whole blocks: 4 of the system prompt, 2 of its 40 tokens, none, and 3, as the last token is always computed
+        assert counts[0] == sum(map(len, rows)) - BLOCK * (4 + 2 + 0 + 3)
+        memory = cache.memory()
+        assert (memory.prefix_tokens, memory.prefix_tokens_hit) == (80 + sum(map(len, rows)), 9 * BLOCK)
+        assert memory.prefix_hit_rate == memory.prefix_tokens_hit / memory.prefix_tokens
+        counts.clear()
+        check(pair, *batch(*rows), **options)
+        assert counts[0] == sum(map(len, rows)) - BLOCK * (4 + 2 + 1 + 3)
+    finally:
+        hf_paged_flash.disable_prefix_caching(pair[1])
+
+
+def test_disabled_again_nothing_is_kept(models, computed):
+    pair = models("llama")
+    hf_paged_flash.enable_prefix_caching(pair[1])
+    prompt = text(40, 1)[None]
+    counts = computed(pair[1])
+    check(pair, prompt, None)
+    hf_paged_flash.disable_prefix_caching(pair[1])
+    hf_paged_flash.disable_prefix_caching(pair[1])
+    counts.clear()
+    check(pair, prompt, None)
+    assert counts[0] == 40
+
+
+def test_the_next_turn_knows_the_answer(models, computed):
+    pair = models("llama")
+    cache = PagedCache(pair[1].config, prefix_caching=True)
+    counts = computed(pair[1])
+    chat = text(20, 1)[None]
+    for turn in range(4):
+        counts.clear()
+        answer = check(pair, chat, None, past_key_values=cache, max_new_tokens=NEW)
+        stored = 0 if turn == 0 else chat.shape[1] - 7 - 1
+        assert counts[0] == chat.shape[1] - stored // BLOCK * BLOCK
+        chat = torch.cat([chat, answer, text(7, 10 + turn)[None]], 1)
+
+
+def test_other_prompts_on_the_same_cache_begin_anew(models):
+    """Shorter, longer, more and fewer rows, with none of the earlier rows' tokens."""
+    pair = models("llama")
+    cache = PagedCache(pair[1].config, prefix_caching=True)
+    for seed, lengths in enumerate([(30,), (50, 7, 19), (3, 3), (64,), (64, 33, 64, 1)]):
+        check(pair, *ragged_batch(lengths, seed=seed), past_key_values=cache)
+        assert cache.batch_size == len(lengths)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_what_rows_of_a_batch_share_is_computed_once(models, computed, side):
+    """In levels: all begin alike, some go on alike, two are the same."""
+    pair = models("qwen3")
+    cache = PagedCache(pair[1].config, prefix_caching=True)
+    system, example = text(50, 1), text(40, 2)
+    rows = [torch.cat([system, text(9, 3)]), torch.cat([system, example, text(6, 4)])]
+    rows += [torch.cat([system, example, text(21, 5)]), text(30, 6), rows[0], rows[0][:48]]
+    ids, mask = batch(*rows, side=side)
+    alone = torch.cat([new_tokens(pair[0], row[None], None, max_new_tokens=NEW) for row in rows])
+    counts = computed(pair[1])
+    ours = new_tokens(pair[1], ids, mask, max_new_tokens=NEW, past_key_values=cache)
+    assert torch.equal(ours, alone)
+    # 48 of the system prompt's tokens, then 80 with the example; the same row; and 32 of 48, as one token must be left
+    shared = 48 + 80 + 48 + 32
+    assert counts[0] == sum(map(len, rows)) - shared
+    assert cache.memory().prefix_tokens_hit == shared
+    assert cache.memory().blocks_shared >= 5
+
+
+def test_rows_without_padding_share_as_well(models, computed):
+    pair = models("llama")
+    rows = torch.stack([torch.cat([text(40, 1), text(9, seed)]) for seed in (2, 3, 4)])
+    counts = computed(pair[1])
+    check(pair, rows, None, past_key_values=PagedCache(pair[1].config, prefix_caching=True))
+    assert counts[0] == rows.numel() - 2 * 2 * BLOCK
+
+
+@pytest.mark.parametrize("option", ["3 samples", "3 beams", "chunks", "prompt lookup", "assistant"])
+def test_ways_to_generate(models, option):
+    pair = models("llama")
+    options = {
+        "3 samples": {"do_sample": True, "top_k": 0, "num_return_sequences": 3},
+        "3 beams": {"num_beams": 3, "num_return_sequences": 2},
+        "chunks": {"prefill_chunk_size": 11},
+        "prompt lookup": {"prompt_lookup_num_tokens": 3},
+        "assistant": {},
+    }[option]
+    rows = [torch.cat([text(50, 1), text(9, seed)]) for seed in (2, 3)]
+    if option in ("prompt lookup", "assistant"):
+        rows = rows[:1]
+    cache = hf_paged_flash.enable_prefix_caching(pair[1])
+    assistant = tiny_model(tiny_config("llama", num_hidden_layers=2), "paged_flash")
+    hf_paged_flash.enable_prefix_caching(assistant)
+    try:
+        for seed in (0, 1):
+            ids, mask = batch(*rows)
+            outputs = []
+            for model in pair:
+                torch.manual_seed(seed)
+                extra = {"assistant_model": assistant} if option == "assistant" and model is pair[1] else {}
+                outputs.append(new_tokens(model, ids, mask, max_new_tokens=NEW, **options, **extra))
+            assert torch.equal(*outputs)
+            rows = [torch.cat([row, text(4, 5)]) for row in rows]
+        # two rows share 3 blocks in the first call, and find them in the second; assisted decoding has no prefill
+        assert (cache.memory().prefix_tokens_hit > 0) == (option not in ("prompt lookup", "assistant"))
+    finally:
+        hf_paged_flash.disable_prefix_caching(pair[1])
+
+
+@pytest.mark.parametrize("blocks", [8, 12, 20])
+def test_a_tight_cap_evicts_and_stays_right(models, blocks):
+    """Prompts out of a few texts, in an order that makes some of them give way to others."""
+    pair = models("llama")
+    cache = PagedCache(pair[1].config, num_blocks=blocks, prefix_caching=True)
+    texts = [text(40, seed) for seed in range(4)]
+    random = np.random.default_rng(blocks)
+    hits = 0
+    for _ in range(12):
+        first, second = texts[random.integers(4)], texts[random.integers(4)]
+        prompt = torch.cat([first[: random.integers(1, 41)], second[: random.integers(1, 41)]])
+        check(pair, prompt[None], None, past_key_values=cache)
+        memory = cache.memory()
+        assert memory.blocks_used + memory.blocks_free <= blocks
+        hits = memory.prefix_tokens_hit
+    assert hits > 0
+
+
+def test_a_cache_that_is_full_of_rows_says_so(models):
+    pair = models("llama")
+    cache = PagedCache(pair[1].config, num_blocks=6, prefix_caching=True)
+    check(pair, text(40, 1)[None], None, past_key_values=cache)
+    with pytest.raises(hf_paged_flash.CacheFullError):
+        new_tokens(pair[1], text(100, 2)[None], None, past_key_values=cache)
+    check(pair, text(41, 1)[None], None, past_key_values=cache)
+    assert cache.memory().prefix_tokens_hit == 2 * BLOCK
+
+
+def test_kept_blocks_have_a_bound_of_their_own(models):
+    pair = models("llama")
+    config = pair[1].config
+    block = 3 * BLOCK * 2 * 2 * 16 * 4  # layers, tokens, keys and values, heads, head_dim, bytes
+    cache = PagedCache(config, prefix_caching=4 * block)
+    for seed in range(5):
+        check(pair, text(60, seed)[None], None, past_key_values=cache)
+        cache.release(0)
+        memory = cache.memory()
+        assert memory.blocks_kept == memory.blocks_used == 4
+    check(pair, text(60, 4)[None], None, past_key_values=cache)
+    assert cache.memory().prefix_tokens_hit == 3 * BLOCK
+
+
+def test_a_device_without_room_takes_what_is_kept(models, monkeypatch):
+    """Ten pages of four blocks for each of three layers; a prompt and its answer take five."""
+    driver = FakeDriver(16384, total_memory=30 * 16384)
+    monkeypatch.setattr(elastic_memory, "driver_of", lambda device: driver)
+    pair = models("llama")
+    cache = PagedCache(pair[1].config, prefix_caching=True)
+    for seed in (1, 2, 3):
+        check(pair, text(290, seed)[None], None, past_key_values=cache)
+        assert cache.memory().blocks_used == (20, 39, 20)[seed - 1]
+    check(pair, text(290, 3)[None], None, past_key_values=cache)
+    assert cache.memory().prefix_tokens_hit == 288
+
+
+def test_blocks_are_found_where_they_have_moved(models, monkeypatch):
+    """Rows that leave free the front, and what is kept at the end moves there."""
+    driver = FakeDriver(16384)
+    monkeypatch.setattr(elastic_memory, "driver_of", lambda device: driver)
+    pair = models("llama")
+    block = 3 * BLOCK * 2 * 2 * 16 * 4  # layers, tokens, keys and values, heads, head_dim, bytes
+    cache = PagedCache(pair[1].config, prefix_caching=12 * block)
+    check(pair, text(800, 1)[None], None, past_key_values=cache)
+    other = cache.fork()
+    check(pair, text(150, 2)[None], None, past_key_values=cache)
+    pages = driver.pages
+    other.release(0)
+    assert driver.pages < pages and cache.group.manager.table.max() < 26
+    check(pair, text(150, 2)[None], None, past_key_values=cache)
+    assert cache.memory().prefix_tokens_hit == 144
+
+
+def test_reset_forgets_and_gives_back(models):
+    pair = models("llama")
+    cache = PagedCache(pair[1].config, prefix_caching=True)
+    check(pair, text(60, 1)[None], None, past_key_values=cache)
+    cache.release(0)
+    assert cache.memory().blocks_kept == cache.memory().blocks_used > 0
+    cache.reset()
+    memory = cache.memory()
+    assert memory.bytes_reserved == memory.blocks_used == 0
+    check(pair, text(60, 1)[None], None, past_key_values=cache)
+    assert cache.memory().prefix_tokens_hit == 0
+
+
+def test_rows_can_be_cropped_and_forked_after_a_call(models):
+    """Known blocks are never written to: who goes on in one gets a copy."""
+    eager, paged = models("llama")
+    cache = PagedCache(paged.config, prefix_caching=True)
+    prompt = text(60, 1)[None]
+    answer = new_tokens(paged, prompt, None, past_key_values=cache)
+    fork = cache.fork()
+    for each in (cache, fork):
+        each.crop(40 - each.get_seq_length())
+        other = torch.cat([prompt[:, :40], text(30, 2)[None]], 1)
+        with torch.no_grad():
+            logits = paged(other[:, 40:], past_key_values=each).logits
+            torch.testing.assert_close(logits, eager(other).logits[:, 40:])
+    assert torch.equal(new_tokens(paged, prompt, None, past_key_values=cache), answer)
+    assert cache.memory().prefix_tokens_hit == 3 * BLOCK
+
+
+def test_changed_weights_are_noticed(models):
+    eager, paged = (copy.deepcopy(model) for model in models("llama"))
+    cache = hf_paged_flash.enable_prefix_caching(paged)
+    prompt = text(60, 1)[None]
+    before = check((eager, paged), prompt, None)
+    for model in (eager, paged):
+        with torch.no_grad():
+            model.model.layers[0].self_attn.k_proj.weight.mul_(-1.5)
+    assert not torch.equal(check((eager, paged), prompt, None), before)
+    assert cache.memory().prefix_tokens_hit == 0
+    check((eager, paged), prompt, None)
+    assert cache.memory().prefix_tokens_hit == 3 * BLOCK
+    others = tiny_model(config_of("llama"), "eager", seed=1).state_dict()
+    for model in (eager, paged):
+        model.load_state_dict(others, assign=True)
+    check((eager, paged), prompt, None)
+    for model in (eager, paged):
+        model.double()
+    check((eager, paged), prompt, None)
+
+
+def test_a_cache_that_comes_back_from_a_pickle_begins_with_nothing_known(models):
+    pair = models("llama")
+    cache = PagedCache(pair[1].config, prefix_caching=True)
+    prompt = text(60, 1)[None]
+    check(pair, prompt, None, past_key_values=cache)
+    again = pickle.loads(pickle.dumps(cache))
+    assert again.memory().tokens == cache.memory().tokens
+    for hits in (0, 3 * BLOCK):
+        check(pair, prompt, None, past_key_values=again)
+        assert again.memory().prefix_tokens_hit == hits
+
+
+def test_two_models_never_share(models):
+    first, second = (tiny_model(config_of("llama"), "paged_flash", seed=seed) for seed in (0, 1))
+    cache = PagedCache(first.config, prefix_caching=True)
+    prompt = text(60, 1)[None]
+    alone = [new_tokens(model, prompt, None) for model in (first, second)]
+    for model, expected in zip((first, second), alone, strict=True):
+        assert torch.equal(new_tokens(model, prompt, None, past_key_values=cache), expected)
+    assert not torch.equal(*alone)
+    assert cache.memory().prefix_tokens_hit == 0
+
+
+def test_adapters_have_prefixes_of_their_own():
+    peft = pytest.importorskip("peft")
+    model = tiny_model(config_of("llama"), "paged_flash")
+    lora = peft.LoraConfig(target_modules=["k_proj", "v_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(model, lora, adapter_name="a")
+    model.add_adapter("b", lora)
+    model.eval()
+    prompt = text(60, 1)[None]
+    options = {"do_sample": False, "max_new_tokens": NEW}
+
+    def run() -> list[torch.Tensor]:
+        outputs = []
+        for name in ("a", "b"):
+            model.set_adapter(name)
+            outputs.append(model.generate(input_ids=prompt, **options))
+        with model.disable_adapter():
+            outputs.append(model.generate(input_ids=prompt, **options))
+        return outputs
+
+    expected = run()
+    assert not torch.equal(expected[0], expected[1]) and not torch.equal(expected[0], expected[2])
+    cache = hf_paged_flash.enable_prefix_caching(model)
+    for hit in (0, 9 * BLOCK):
+        assert all(torch.equal(*pair) for pair in zip(run(), expected, strict=True))
+        assert cache.memory().prefix_tokens_hit == hit
+
+
+def test_what_is_no_text_is_not_looked_up(models):
+    """Embeddings in place of tokens, and positions of the user's own."""
+    eager, paged = models("llama")
+    cache = PagedCache(paged.config, prefix_caching=True)
+    prompt = text(60, 1)[None]
+    check((eager, paged), prompt, None, past_key_values=cache)
+    embeds = eager.get_input_embeddings()(text(60, 2)[None])
+    options = {"do_sample": False, "max_new_tokens": NEW}
+    ours = paged.generate(inputs_embeds=embeds, past_key_values=cache, **options)
+    assert torch.equal(ours, eager.generate(inputs_embeds=embeds, **options))
+    moved = torch.arange(60)[None] * 2
+    ours = paged.generate(prompt, position_ids=moved, past_key_values=cache, **options)
+    assert torch.equal(ours, eager.generate(prompt, position_ids=moved, **options))
+    assert (cache.memory().prefix_tokens, cache.memory().prefix_tokens_hit) == (60, 0)
+
+
+def test_the_new_turn_alone_is_refused(models):
+    pair = models("llama")
+    cache = PagedCache(pair[1].config, prefix_caching=True)
+    check(pair, text(30, 1)[None], None, past_key_values=cache)
+    with pytest.raises(ArgumentError, match="Pass the whole conversation"):
+        new_tokens(pair[1], text(5, 2)[None], torch.ones(1, 54), past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    "model_type, changes, reason",
+    [
+        ("mistral", {}, "sliding window"),
+        ("gpt_oss", {}, "sliding window"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "length of the"),
+    ],
+)
+def test_models_whose_keys_do_not_stay_are_refused(model_type, changes, reason):
+    config = tiny_config(model_type, **changes)
+    with pytest.raises(UnsupportedFeatureError, match=reason):
+        PagedCache(config, prefix_caching=True)
+
+
+def test_states_beside_keys_are_refused():
+    shape = _SHAPE | {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}
+    with pytest.raises(UnsupportedFeatureError, match="`conv`"):
+        PagedCache(AutoConfig.for_model("lfm2", **shape), prefix_caching=True)
+
+
+@pytest.mark.parametrize("size", [0, -1, "much", 1.5])
+def test_a_bound_that_is_none_is_refused(size):
+    with pytest.raises(ArgumentError, match="`prefix_caching` must be bytes"):
+        PagedCache(tiny_config("llama"), prefix_caching=size)
+
+
+def test_no_model_is_refused():
+    with pytest.raises(ArgumentError, match="`model` must be a model"):
+        hf_paged_flash.enable_prefix_caching(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_give_hits_what_they_give_misses(dtype):
+    """Logits of the first new token, from blocks of earlier calls and of the batch's other rows."""
+    backend.configure(backend="auto")
+    model = tiny_model(config_of("llama"), "paged_flash", dtype=dtype).cuda()
+    system = text(1000, 1)
+    rows = [torch.cat([system, text(40, 2)]), torch.cat([system[:700], text(300, 3)]), system[:512], text(5, 4)]
+    ids, mask = (x.cuda() for x in batch(*rows))
+    options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    expected = model.generate(ids, attention_mask=mask, **options).logits[0]
+    cache = PagedCache(model.config, prefix_caching=True)
+    in_batch, known = 688 + 496, 1024 + 992 + 496
+    for hits in (in_batch, in_batch + known):
+        out = model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
+        assert cache.memory().prefix_tokens_hit == hits
+        difference = (out.logits[0] - expected).abs().max()
+        assert difference <= (1e-4 if dtype == torch.float32 else 0.02) * expected.abs().max()
+
+
+@pytest.mark.gpu
+def test_what_is_kept_beyond_its_bound_goes_back_to_the_device():
+    backend.configure(backend="auto")
+    config = tiny_config("llama", hidden_size=1024, num_attention_heads=8, num_key_value_heads=8)
+    model = tiny_model(config, "paged_flash").cuda()
+    page = 2 * 2**20
+    cache = hf_paged_flash.enable_prefix_caching(model, max_memory=12 * page)
+    try:
+        for seed in range(3):
+            model.generate(text(400, seed).expand(8, -1).flatten()[None].cuda(), max_new_tokens=2, do_sample=False)
+            memory = cache.memory()
+            assert memory.blocks_used == memory.blocks_kept > 0
+            assert memory.bytes_reserved <= 20 * page
+    finally:
+        hf_paged_flash.disable_prefix_caching(model)
