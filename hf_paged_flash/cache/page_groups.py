@@ -1,16 +1,21 @@
 """The groups of a cache: all take a forward's tokens together, or none does."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 
 from ..errors import ArgumentError, CacheFullError
 from .block_pool import BlockPool
+from .blocks import GROWTH
 from .forward_step import ForwardStep, NewTokens, to_device
 from .layer_pools import growth_error
 from .length_floor import LengthFloor
 from .mask_handoff import expect_no_mask
 from .page_group import PageGroup
 from .prepared_forward import PackedTokens, PreparedForward
+from .step_buffers import StepBuffers
 
 
 class PageGroups(list[PageGroup]):
@@ -89,11 +94,28 @@ class PageGroups(list[PageGroup]):
         self._take(new, keeps, packed.mask, packed.real.shape[1], device, knows_mask=True)
 
     @torch.inference_mode(False)
-    def begin_planned(self, q_length: int, device: torch.device) -> None:
-        """`begin` for `q_length` more tokens in each row, before the forward, see `planned_forward`."""
-        new = self._new_tokens(None, self.batch, q_length, device)
+    def begin_static(self, counts: np.ndarray, q_length: int, buffers: Callable[[], StepBuffers]) -> None:
+        """`begin` for `counts[b]` more tokens in row b, `q_length` or none, see `static_forward`."""
+        self.sync_lengths()
+        self._floor.restart(self[0].manager.lengths)
+        new = NewTokens(None, counts, self._floor.lengths, None, None, None)
         keeps = [group.keeps_to_window for group in self]
-        self._take(new, keeps, None, self.columns + q_length, device, knows_mask=True)
+        with self._taking(new, keeps, growth=1):  # each growth costs what was captured
+            static, end = buffers(), self.columns + q_length
+            static.write(self, counts)
+            for group, *tensors in zip(self, static.slot_mapping, static.block_table, strict=True):
+                group.begin_static(*tensors, static.cache_seqlens, end)
+
+    def empty_rows(self, rows: np.ndarray) -> None:
+        """Gives back what `rows`, bool (batch,), hold; they stay, and nobody may ask for what they held."""
+        self.sync_lengths()
+        for group in self:
+            group.empty_rows(rows)
+
+    def own_tensors(self) -> None:
+        """What stays is no tensor of a static step."""
+        for group in self:
+            group.own_tensors()
 
     def _take(
         self,
@@ -105,19 +127,25 @@ class PageGroups(list[PageGroup]):
         *,
         knows_mask: bool,
     ) -> None:
+        with self._taking(new, keeps):
+            for group in self:
+                group.begin(new, mask, end, device, knows_mask=knows_mask)
+
+    @contextmanager
+    def _taking(self, new: NewTokens, keeps: list[bool], growth: float = GROWTH) -> Iterator[None]:
+        """Hands out every group's blocks for the new tokens; takes them back where what follows is refused."""
         start = self.columns
         for group, keeps_to_window in zip(self, keeps, strict=True):
             group.prepare(new, keeps_to_window)
         try:
             for index, group in enumerate(self):
                 to_come = [other.blocks_short(new.counts) for other in self[index + 1 :]]
-                group.plan(new, self.cap(group, [0] * (index + 1) + to_come))
+                group.plan(new, self.cap(group, [0] * (index + 1) + to_come), growth)
             for group in self:
                 group.grow_pools()
             for group in self:
                 group.copy_shared()
-            for group in self:
-                group.begin(new, mask, end, device, knows_mask=knows_mask)
+            yield
         except BaseException:
             self._refuse(start)
             raise
