@@ -1,0 +1,1 @@
+"""What `generate()` does on a PagedCache beyond calling the model: decode steps as CUDA graphs."""
