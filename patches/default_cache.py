@@ -5,6 +5,7 @@ that the caller passed or named, and `use_cache=False`, are left alone.
 """
 
 from transformers import DynamicCache, EncoderDecoderCache
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerationMixin
 from transformers.utils import logging
 
@@ -39,7 +40,21 @@ def _prepare_cache(original, self, generation_config, model_kwargs, generation_m
         if generation_config.is_assistant:  # as transformers has told the cache it built: tokens will be taken back
             cache.activate_past_recording()
         model_kwargs[name] = cache
+    if generation_mode == GenerationMode.ASSISTED_GENERATION:
+        _refuse_right_padding(model_kwargs)
     return result
+
+
+def _refuse_right_padding(model_kwargs: dict) -> None:
+    """Assisted generation never stops between the prompt and the tokens it tries: what `prefill_logits` mends."""
+    from hf_paged_flash.cache import PagedCache
+
+    cache, mask = model_kwargs.get(cache_name(model_kwargs)), model_kwargs.get("attention_mask")
+    if isinstance(cache, PagedCache) and mask is not None and mask.dim() == 2 and not bool(mask[:, -1].all()):
+        raise UnsupportedFeatureError(
+            "assisted generation and prompt lookup can't go on from a right-padded prompt: pad on the left "
+            '(`tokenizer.padding_side = "left"`), or cut the padding off'
+        )
 
 
 def _is_default(cache) -> bool:

@@ -73,12 +73,11 @@ class Blocks:
 
     def hold(self, blocks: np.ndarray, times: int | np.ndarray = 1) -> None:
         """Adds a reference for each time that a block is among `blocks`, or `times` of them."""
-        self._add(blocks, np.broadcast_to(times, blocks.shape))
+        self._add(blocks, times)
 
     def release(self, blocks: np.ndarray) -> None:
         """Takes back a reference for each time that a block is among `blocks`; blocks without any are free."""
-        changed = self._add(blocks, np.broadcast_to(-1, blocks.shape))
-        self._freed(changed[self.references[changed] == 0])
+        self._freed(self._add(blocks, -1))
 
     def put_back(self, blocks: np.ndarray, num_blocks: int) -> None:
         """The last `take`, undone: `blocks` are free again, and of all blocks the first `num_blocks` stay."""
@@ -124,23 +123,23 @@ class Blocks:
 
     def adopt(self, blocks: np.ndarray) -> None:
         """Counts `blocks` of a manager that comes with these blocks from elsewhere: unpickled, or loaded."""
-        self._add(blocks, np.broadcast_to(1, blocks.shape))
+        self._add(blocks, 1)
         self.blocks_free = int((self.references == 0).sum())
         self._first_free = 0
 
-    def _add(self, blocks: np.ndarray, changes: np.ndarray) -> np.ndarray:
-        """Adds `changes[i]` to the references of `blocks[i]`; returns the blocks that changed, each once."""
+    def _add(self, blocks: np.ndarray, change: int | np.ndarray) -> np.ndarray:
+        """Adds `change`, or `change[i]`, to the references of `blocks[i]`; returns the blocks that have none now."""
         self.version += 1
         if blocks.size < _FEW:
             changed, place = np.unique(blocks, return_inverse=True)
-            sums = np.bincount(place, weights=changes, minlength=len(changed))
-        else:  # no sorting: room for all blocks between the first and the last
-            first = int(blocks.min())
-            sums = np.bincount(blocks - first, weights=changes)
-            place = np.flatnonzero(sums)
-            changed, sums = place + first, sums[place]
-        self.references[changed] += sums.astype(np.int32)  # whole numbers, exact in bincount's float64
-        return changed
+            self.references[changed] += _sums(place, change, len(changed))
+            return changed[self.references[changed] == 0]
+        # no sorting: a pass over all blocks between the first and the last
+        first = int(blocks.min())
+        sums = _sums(blocks - first, change)
+        references = self.references[first : first + len(sums)]
+        references += sums
+        return np.flatnonzero((references == 0) & (sums != 0)) + first
 
     def _freed(self, blocks: np.ndarray) -> None:
         self.blocks_free += len(blocks)
@@ -172,3 +171,10 @@ class Blocks:
     def __setstate__(self, state: dict) -> None:
         self.__init__(state["block_size"], state["max_blocks"])
         self.resize(state["num_blocks"])
+
+
+def _sums(places: np.ndarray, change: int | np.ndarray, size: int = 0) -> np.ndarray:
+    """`change`, or `change[i]`, summed up over each place, int32; exact in bincount's float64."""
+    if isinstance(change, int):
+        return np.bincount(places, minlength=size).astype(np.int32) * np.int32(change)
+    return np.bincount(places, weights=change, minlength=size).astype(np.int32)

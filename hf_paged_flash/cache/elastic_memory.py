@@ -195,6 +195,11 @@ class ElasticMemory:
         """Bytes taken from the device."""
         return 0 if self._range is None else len(self._range.pages) * self._driver.granularity
 
+    @property
+    def is_capturing(self) -> bool:
+        """Whether a CUDA graph is being captured."""
+        return self._driver.is_capturing()
+
     def rounded(self, nbytes: int) -> int:
         """`nbytes` in whole pages."""
         return -(-nbytes // self._driver.granularity) * self._driver.granularity

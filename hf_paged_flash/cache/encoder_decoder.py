@@ -16,5 +16,7 @@ def paged_encoder_decoder_cache(
     own, cross = PagedCache(config), PagedCache(config)
     own.groups.cross = cross.groups
     cross.groups.is_cross = True
+    for group in cross.groups:
+        group.window = None  # the config's windows are the decoder's own, every token sees the whole encoder
     cross.groups.repeats = (batch_size * repeats, repeats)
     return EncoderDecoderCache(own, cross)

@@ -144,6 +144,8 @@ class LayerPools:
     def is_worth_shrinking(self, num_blocks: int) -> bool:
         """Whether `shrink` would give back an eighth of the memory, and `MIN_PAGES` a layer: pages cost time."""
         pools = self._elastic
+        if any(pool.memory.is_capturing for pool in pools):
+            return False  # a graph can neither move blocks for good nor wait for the device
         spare = [pool.bytes_reserved - pool.bytes_for(num_blocks) for pool in pools]
         enough = MIN_PAGES * sum(pool.memory.page for pool in pools)
         return bool(pools) and sum(spare) >= max(enough, sum(pool.bytes_reserved for pool in pools) // 8)

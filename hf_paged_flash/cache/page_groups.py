@@ -1,5 +1,6 @@
 """The groups of a cache: all take a forward's tokens together, or none does."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -313,7 +314,12 @@ class PageGroups(list[PageGroup]):
     def fork(self, rows: np.ndarray) -> "PageGroups":
         """Groups of their own whose row i is what row `rows[i]` is here, see `PageGroup.fork`."""
         fork = PageGroups([group.fork(rows) for group in self], self.max_memory)
-        fork.is_cross, fork.states_ahead = self.is_cross, self.states_ahead
+        fork.is_cross, fork.states_ahead, fork.repeats = self.is_cross, self.states_ahead, self.repeats
+        return fork
+
+    def __deepcopy__(self, memo: dict) -> "PageGroups":
+        fork = self.fork(np.arange(self.batch))
+        fork.cross = copy.deepcopy(self.cross, memo)  # of the pair that is copied
         return fork
 
     def clear(self) -> None:

@@ -260,9 +260,16 @@ class PagedCache(Cache):
         chosen = np.arange(self.groups.batch) if rows is None else self._rows(rows)
         if rows is not None and not len(chosen):
             raise ArgumentError("`rows` must name a row at least: `PagedCache(config)` makes a cache without any")
+        fork = self._over(self.groups.fork(chosen))
+        if rows is not None:
+            select_states(fork.layers, chosen)
+        return fork
+
+    def _over(self, groups: PageGroups) -> "PagedCache":
+        """This cache with `groups`, a fork of its own, in their place."""
         fork = type(self).__new__(type(self))
         fork.__dict__.update(self.__dict__)
-        fork.groups = self.groups.fork(chosen)
+        fork.groups = groups
         forks = {id(group): fork_of for group, fork_of in zip(self.groups, fork.groups, strict=True)}
         fork.layers = []
         for layer in self.layers:
@@ -270,8 +277,6 @@ class PagedCache(Cache):
                 fork.layers.append(layer.fork(forks[id(layer.group)], fork.groups))
             else:
                 fork.layers.append(copy.deepcopy(layer))
-        if rows is not None:
-            select_states(fork.layers, chosen)
         return fork
 
     def save(self, path: str | PathLike) -> None:
@@ -302,7 +307,7 @@ class PagedCache(Cache):
         return self.fork()  # a shallow copy would write into the same blocks
 
     def __deepcopy__(self, memo: dict) -> "PagedCache":
-        return self.fork()
+        return self._over(copy.deepcopy(self.groups, memo))
 
     def _select(self, rows: np.ndarray) -> None:
         self.groups.select(rows)

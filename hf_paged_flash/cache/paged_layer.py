@@ -143,7 +143,8 @@ class PagedLayer(CacheLayerMixin):
             )
         step = self.group.step if self.columns < self.group.columns else None  # under way in other layers
         try:
-            if not self.is_initialized:  # before the step: a cap in bytes needs to know a block's
+            # before the step: a cap in bytes needs to know a block's
+            if not self.is_initialized or self.group.pools.get(self.layer_idx) is not self.pool:
                 self.lazy_initialization(key_states, value_states)
         except BaseException:
             if step is not None:

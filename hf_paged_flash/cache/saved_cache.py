@@ -105,29 +105,30 @@ def load(
             if type(about) is not dict or not _ABOUT <= set(about):
                 raise ArgumentError(f"`path` must be a file that `PagedCache.save` wrote, {path} is another one")
             cache = _empty(cache_class, about, config)
-            saved = _Saved({name: file.get_tensor(name) for name in file.keys()}, path)
+            _restore(cache, about, _Saved(file, path))
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ArgumentError(f"`path` must be a file that `PagedCache.save` wrote: {path}: {error}") from error
-    if about["columns"]:
-        for number, group in enumerate(cache.groups):
-            _restore_group(cache, number, group, about["columns"], saved)
-    for idx, layer in enumerate(cache.layers):
-        if isinstance(layer, LinearAttentionLayer):
-            _restore_states(idx, layer, about["states"].get(str(idx), []), saved)
-    saved.check_empty()
     return cache
 
 
 class _Saved:
-    """The tensors of a file, each taken once and checked."""
+    """The tensors of a file, each read once and checked: one after another, the device need not hold all twice."""
 
-    def __init__(self, tensors: dict[str, torch.Tensor], path: str | PathLike) -> None:
-        self.tensors = tensors
+    def __init__(self, file: safe_open, path: str | PathLike) -> None:
+        self.file = file
+        self.names = set(file.keys())
         self.path = path
+
+    def read(self, name: str) -> torch.Tensor | None:
+        """Tensor `name`; None if there is none, or it was read before."""
+        if name not in self.names:
+            return None
+        self.names.remove(name)
+        return self.file.get_tensor(name)
 
     def take(self, name: str, shape: tuple[int | None, ...], dtype: torch.dtype | None = None) -> torch.Tensor:
         """Tensor `name`; None in `shape` takes any size, `dtype` None any floating one."""
-        tensor = self.tensors.pop(name, None)
+        tensor = self.read(name)
         self.require(tensor is not None, f"has no tensor `{name}`")
         fits = tensor.dim() == len(shape) and all(n in (None, got) for n, got in zip(shape, tensor.shape, strict=True))
         fits = fits and (tensor.is_floating_point() if dtype is None else tensor.dtype == dtype)
@@ -141,7 +142,7 @@ class _Saved:
             raise ArgumentError(f"the saved cache {self.path} {otherwise}: it is damaged, or was changed")
 
     def check_empty(self) -> None:
-        self.require(not self.tensors, f"holds tensors that belong nowhere, {sorted(self.tensors)[:3]}")
+        self.require(not self.names, f"holds tensors that belong nowhere, {sorted(self.names)[:3]}")
 
 
 def _identity(config: PreTrainedConfig) -> dict:
@@ -182,6 +183,16 @@ def _empty(cache_class: type["PagedCache"], about: dict, config: PreTrainedConfi
     return cache
 
 
+def _restore(cache: "PagedCache", about: dict, saved: _Saved) -> None:
+    if about["columns"]:
+        for number, group in enumerate(cache.groups):
+            _restore_group(cache, number, group, about["columns"], saved)
+    for idx, layer in enumerate(cache.layers):
+        if isinstance(layer, LinearAttentionLayer):
+            _restore_states(idx, layer, about["states"].get(str(idx), []), saved)
+    saved.check_empty()
+
+
 def _restore_group(cache: "PagedCache", number: int, group: PageGroup, columns: int, saved: _Saved) -> None:
     lengths = saved.take(f"groups.{number}.lengths", (None,), torch.int64).cpu().numpy()
     batch, size = len(lengths), group.block_size
@@ -195,7 +206,7 @@ def _restore_group(cache: "PagedCache", number: int, group: PageGroup, columns: 
     num_blocks = int(table.max(initial=-1)) + 1
     saved.require(num_blocks <= table.size, "has tables that name blocks it can't hold")
     mask = None
-    if f"groups.{number}.mask" in saved.tensors:
+    if f"groups.{number}.mask" in saved.names:
         mask = saved.take(f"groups.{number}.mask", (batch, columns), torch.bool)
         counted = mask.sum(1).cpu().numpy()
     else:
@@ -217,7 +228,7 @@ def _restore_states(idx: int, layer: LinearAttentionLayer, known: list[bool], sa
     saved.require(len(known) == layer.number_of_states, f"has another number of states in layer {idx}")
     for state, has_previous in enumerate(known):
         for kind in ("conv_states", "recurrent_states"):
-            tensor = saved.tensors.pop(f"layers.{idx}.{kind}.{state}", None)
+            tensor = saved.read(f"layers.{idx}.{kind}.{state}")
             if tensor is not None:
                 layer.lazy_initialization(**{kind: tensor, "state_idx": state})
                 getattr(layer, kind)[state].copy_(tensor)

@@ -52,11 +52,11 @@ class StoredRows:
     def clear(self) -> None:
         """Forgets every token and gives the memory back, as soon as no fork has a token either."""
         self.manager.start_rows(0)
+        self._start()
         if not self.store.give_back():
             self.store.shrink()
-        elif len(self.store.groups) == 1:
+        elif all(group.columns == 0 for group in list(self.store.groups)):
             self.pools.clear()  # what comes next may have another dtype or device
-        self._start()
 
     @property
     def block_size(self) -> int:

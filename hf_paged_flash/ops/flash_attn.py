@@ -285,7 +285,10 @@ def _refuse_cache_features(rotary_cos, rotary_sin, cache_batch_idx, cache_leftpa
 def _lengths(cache_seqlens: int | torch.Tensor | None, q: torch.Tensor, room: int) -> torch.Tensor:
     """(B,) int32 beside q."""
     if isinstance(cache_seqlens, torch.Tensor):
-        return check.check_lengths("cache_seqlens", cache_seqlens, q, q.shape[0], "(batch,)")
+        seqlens = check.check_lengths("cache_seqlens", cache_seqlens, q, q.shape[0], "(batch,)")
+        if seqlens.device.type == "cpu" and seqlens.numel() and int(seqlens.max()) > room:  # no wait for a GPU
+            check.fail("cache_seqlens", f"be at most {room}, the tokens that the cache has room for", seqlens.tolist())
+        return seqlens
     length = room if cache_seqlens is None else cache_seqlens
     if not 0 <= length <= room:
         check.fail("cache_seqlens", f"be from 0 to {room}, the tokens that the cache has room for", length)

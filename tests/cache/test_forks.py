@@ -336,6 +336,24 @@ class TestOnePool:
             assert torch.equal(logits, extend(model, PagedCache(model.config), ragged_batch([9], None)[0]))
         assert cache.memory().bytes_reserved == 2 * 16 * ROW_BYTES
 
+    def test_what_comes_after_reset_may_have_another_dtype(self, model):
+        """Also in a cache that still holds layers of the old pools."""
+        cache, _, _ = filled(model)
+        assert cache.layers[0].pool.key.dtype == torch.float32
+        forks = cache.fork(), cache.fork()
+        cache.reset()
+        forks[0].release([0, 1, 2])
+        forks[1].reset()
+        narrow = copy.deepcopy(model).to(torch.bfloat16)
+        for one in (forks[0], cache):
+            input_ids = ragged_batch([9], None)[0]
+            assert torch.equal(extend(narrow, one, input_ids), extend(narrow, PagedCache(model.config), input_ids))
+            assert one.layers[0].pool.key.dtype == torch.bfloat16
+        for one in (cache, *forks):
+            one.reset()
+        assert torch.equal(extend(model, cache, input_ids), extend(model, PagedCache(model.config), input_ids))
+        assert cache.layers[0].pool.key.dtype == torch.float32
+
     def test_pickled_alone_and_together(self, model):
         cache, input_ids, mask = filled(model)
         fork = cache.fork([0, 1])
@@ -357,9 +375,14 @@ class TestOnePool:
 
 
 class TestHostTime:
-    """At 64 rows of 8,192 tokens in blocks of 16. The thread's own time, best of many runs: other work adds to it."""
+    """At 64 rows of 8,192 tokens in blocks of 16. The thread's own time, best of many runs: other work adds to it.
+
+    Whoever shares a core and its caches is slower all along: the budget grows by as much as a fixed piece of work,
+    measured between the runs, takes longer than on the idle machine that this was set on.
+    """
 
     BUDGET = 1e-3
+    YARDSTICK = 2.3e-4  # seconds of `yardstick()` on that machine
 
     @pytest.fixture(autouse=True)
     def one_thread(self):
@@ -383,14 +406,23 @@ class TestHostTime:
         assert group.manager.table.shape == (64, 512)
         return cache
 
+    def yardstick(self) -> None:
+        blocks = np.arange(1 << 15)
+        np.flatnonzero(np.bincount(blocks[::-1]) > 1)
+        [int(x) for x in blocks[:1000]]
+
     def best(self, change, prepare=lambda: None, runs=40) -> float:
-        times = []
+        """Seconds of `change`, as that machine would take."""
+        times, yardsticks = [], []
         for _ in range(runs):
             prepared = prepare()
             start = time.thread_time()
             change(prepared)
-            times.append(time.thread_time() - start)
-        return min(times)
+            end = time.thread_time()
+            self.yardstick()
+            times.append(end - start)
+            yardsticks.append(time.thread_time() - end)
+        return min(times) / max(min(yardsticks) / self.YARDSTICK, 1.0)
 
     def test_fork(self, cache):
         assert self.best(lambda _: cache.fork()) <= self.BUDGET

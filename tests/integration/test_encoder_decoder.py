@@ -1,5 +1,6 @@
 """Encoder-decoder models on two PagedCaches: eager's tokens, and an encoder's keys that are stored once."""
 
+import copy
 import inspect
 
 import pytest
@@ -13,9 +14,10 @@ from transformers import (
 )
 
 from hf_paged_flash import PagedCache, UnsupportedFeatureError, counters, reset_counters
+from hf_paged_flash.cache import paged_encoder_decoder_cache
 from hf_paged_flash.patches.base import cache_name
 from tests.integration.models import pairs_of
-from tests.tiny_models import ragged_batch, randomize
+from tests.tiny_models import ragged_batch, randomize, tiny_config
 
 LENGTHS = (30, 7, 19)
 NEW = 24
@@ -194,6 +196,25 @@ def test_a_pair_of_caches_of_the_users_own(pairs, model_type):
         ours = generate(paged, inputs, past_key_values=cache, **options)
         assert torch.equal(ours, generate(eager, inputs, **options))
         assert cache.self_attention_cache.memory().block_size == 32
+
+
+def test_a_copy_of_the_pair_before_its_first_forward(pairs):
+    """Its halves know of each other: the encoder's padding is not stored, and nothing is made dense."""
+    eager, paged = pairs("bart")
+    inputs = inputs_for("bart")
+    cache = copy.deepcopy(paged_encoder_decoder_cache(paged.config, batch_size=3))
+    reset_counters()
+    ours = generate(paged, inputs, past_key_values=cache)
+    assert torch.equal(ours, generate(eager, inputs))
+    assert cache.cross_attention_cache.memory().tokens == int(inputs["attention_mask"].sum())
+    assert counters().dense_gather_total == 0
+
+
+def test_the_encoders_keys_have_no_window():
+    config = tiny_config("mistral", sliding_window=8)
+    cache = paged_encoder_decoder_cache(config, batch_size=1)
+    assert [group.window for group in cache.self_attention_cache.groups] == [8]
+    assert [group.window for group in cache.cross_attention_cache.groups] == [None]
 
 
 class TestMethods:

@@ -12,7 +12,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import DynamicCache, PreTrainedTokenizerFast, TextIteratorStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from hf_paged_flash import PagedCache, counters
+from hf_paged_flash import PagedCache, UnsupportedFeatureError, counters
 from tests.integration.models import LENGTHS, NEW_TOKENS, Pair, held, new_tokens, unpadded_runs
 from tests.tiny_models import VOCAB_SIZE, ragged_batch
 
@@ -67,6 +67,12 @@ def test_right_padding_equals_the_unpadded_rows(pair):
     assert torch.equal(new_tokens(pair.paged, input_ids, mask), expected)
     # eager goes on from the padding
     assert not torch.equal(new_tokens(pair.eager, input_ids, mask), expected)
+
+
+def test_a_right_padded_prompt_is_refused_where_tokens_are_tried(load):
+    input_ids = torch.tensor([[5, 6, 7, 5, 6, 7, 0, 0]])
+    with pytest.raises(UnsupportedFeatureError, match="right-padded prompt: pad on the left"):
+        new_tokens(load("llama").paged, input_ids, (input_ids > 0).long(), prompt_lookup_num_tokens=2)
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,7 @@ BAD_ARGUMENTS = {
     "table dtype": (kvcache, {"block_table": TABLE.long()}, r"`block_table` must be int32, got torch.int64"),
     "lengths": (kvcache, {"cache_seqlens": int32(3)}, r"`cache_seqlens` must have shape .* = \(2,\), got \(1,\)"),
     "int length": (kvcache, {"cache_seqlens": 65}, r"`cache_seqlens` must be from 0 to 64, .* got 65"),
+    "long rows": (kvcache, {"cache_seqlens": int32(65, 3)}, r"`cache_seqlens` must be at most 64, .* got \[65, 3\]"),
     "k_cache stride": (kvcache, {"k_cache": CACHE.mT.contiguous().mT}, r"`k_cache` must have a contiguous last dim"),
     "k_cache dtype": (kvcache, {"k_cache": CACHE.half()}, r"`k_cache` must have the dtype of `q`"),
     "k alone": (kvcache, {"k": K}, r"`v` must be given together with `k`, got None"),
