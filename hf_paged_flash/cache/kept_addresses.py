@@ -20,8 +20,11 @@ class KeptAddresses:
 
     def take(self, driver: "CudaDriver", nbytes: int) -> int:
         """The first of `nbytes` addresses: those that were kept if they are as many, or else new ones."""
-        if self._kept and self._kept[0][0] is driver and self._kept[0][2] == nbytes:
-            return self._kept.pop()[1]
+        while self._kept:
+            kept = self._kept.pop()
+            if kept[0] is driver and kept[2] == nbytes:
+                return kept[1]
+            _free([kept])
         return driver.reserve(nbytes)
 
     def keep(self, driver: "CudaDriver", address: int, nbytes: int) -> bool:

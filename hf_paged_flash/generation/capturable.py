@@ -26,7 +26,7 @@ def obstacle(model: PreTrainedModel, generation_config) -> str | None:
     if torch.is_autocast_enabled(model.device.type):
         return "autocast keeps copies of the weights that do not outlive it: load the model in the dtype to run in"
     quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None and not quantizer.is_compileable:
+    if quantizer is not None and not getattr(quantizer, "is_compileable", False):
         return f"{type(quantizer).__name__} can't be compiled, nor captured"
     return _obstacle_in(model)
 

@@ -163,8 +163,10 @@ class _Loop:
 
     def close(self) -> None:
         if self._is_open:
-            self._cache.groups.own_tensors()  # a graph's are written to by the next generate()
-            self._graphs.lock.release()
+            try:
+                self._cache.groups.own_tensors()  # a graph's are written to by the next generate()
+            finally:
+                self._graphs.lock.release()
 
     def forward(self, *args, **inputs) -> ModelOutput:
         is_prefill, self._is_prefill = self._is_prefill, False

@@ -156,6 +156,14 @@ class TestReplays:
         assert torch.equal(*outputs)
         assert recorders.replayed == outputs[0].shape[1] - 2
 
+    def test_inference_mode(self, llama, recorders, elastic):
+        """A graph that was captured in one mode is replayed in the other."""
+        for mode in (True, False, True):
+            with torch.inference_mode(mode):
+                tokens = new_tokens(llama.paged, *ragged_batch(LENGTHS))
+                assert torch.equal(tokens, unpadded_runs(llama.eager).clone())
+        assert (recorders.captured, recorders.replayed) == (1, 3 * STEPS - 1)
+
     def test_right_padding(self, pair, recorders, elastic):
         assert torch.equal(new_tokens(pair.paged, *ragged_batch(LENGTHS, "right")), unpadded_runs(pair.eager))
         assert recorders.replayed == STEPS - 1
