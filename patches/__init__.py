@@ -15,6 +15,7 @@ from hf_paged_flash.patches.flash_masks import FLASH_MASKS
 from hf_paged_flash.patches.generate_batch import GENERATE_BATCH
 from hf_paged_flash.patches.mask_functions import MASK_FUNCTIONS
 from hf_paged_flash.patches.mask_readers import MASK_READERS
+from hf_paged_flash.patches.packed_prefill import PACKED_PREFILL
 from hf_paged_flash.patches.prefill_logits import PREFILL_LOGITS
 from hf_paged_flash.patches.shared_prompt import SHARED_PROMPT
 from hf_paged_flash.patches.unreached_models import UNREACHED_MODELS
@@ -26,6 +27,7 @@ ALL_PATCHES: tuple[Patch, ...] = (
     MASK_READERS,
     DEFAULT_CACHE,
     ENCODER_DECODER_CACHE,
+    PACKED_PREFILL,  # before the next, so that it gets each prompt once
     *SHARED_PROMPT,  # before the next, which then sees the rows that are decoded
     PREFILL_LOGITS,
     *DECODE_LOOPS,

@@ -13,8 +13,8 @@ import re
 from transformers import PreTrainedModel
 
 from hf_paged_flash.masks import MATRIX_CONFIGS
+from hf_paged_flash.model_source import parts
 from hf_paged_flash.patches.base import Patch
-from hf_paged_flash.patches.model_source import parts
 
 _READS_MASK = re.compile(r"\battention_mask(\.\w|\[)")
 

@@ -8,30 +8,24 @@ position are all that has to be mended, and no public hook lies between them and
 import torch
 from transformers.generation.utils import GenerationMixin
 
-from hf_paged_flash.errors import ArgumentError, UnsupportedFeatureError
 from hf_paged_flash.patches.base import Patch, cache_name
 
 
 def _prefill(original, self, input_ids, generation_config, model_kwargs, *args, **kwargs):
     from hf_paged_flash.cache import PagedCache
+    from hf_paged_flash.cache.forward_step import to_device
+    from hf_paged_flash.generation.packed_prefill import check_new_tokens
 
     cache, mask = model_kwargs.get(cache_name(model_kwargs)), model_kwargs.get("attention_mask")
-    if not isinstance(cache, PagedCache) or mask is None or mask.dim() != 2 or bool(mask[:, -1].all()):
+    if not isinstance(cache, PagedCache) or mask is None or mask.dim() != 2:
         return original(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
-    if generation_config.prefill_chunk_size is not None:
-        raise UnsupportedFeatureError(
-            "right-padded prompts can't be prefilled in chunks (`prefill_chunk_size`), a row may end in any of them: "
-            'pad on the left (`tokenizer.padding_side = "left"`)'
-        )
-    new = mask[:, cache.get_seq_length() :].bool()
-    if not bool(new.any(1).all()):
-        row = int((~new.any(1)).nonzero()[0])
-        raise ArgumentError(
-            f"`attention_mask` leaves row {row} without a new token: every row needs one to continue from"
-        )
-    columns = torch.arange(new.shape[1], device=new.device)
-    last = (columns * new).argmax(1)  # each row's last token
+    new = mask[:, cache.get_seq_length() :].cpu().bool()  # waits for the device, this once
+    if bool(new[:, -1:].all()):
+        return original(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
+    check_new_tokens(new)
+    last = (torch.arange(new.shape[1]) * new).argmax(1)  # each row's last token
     kept, index = torch.unique(last, return_inverse=True)
+    last, kept, index = (to_device(x.numpy(), mask.device) for x in (last, kept, index))
     logits_to_keep = model_kwargs.get("logits_to_keep")
     if logits_to_keep is not None:
         model_kwargs["logits_to_keep"] = kept
@@ -43,9 +37,10 @@ def _prefill(original, self, input_ids, generation_config, model_kwargs, *args, 
         position_ids = position_ids.clone()
         position_ids[..., -1] = position_ids.gather(-1, column.expand(position_ids.shape[:-1])[..., None])[..., 0]
         model_kwargs["position_ids"] = position_ids
-    index = index if outputs.logits.shape[1] == len(kept) else last
-    rows = torch.arange(len(last), device=outputs.logits.device)
-    outputs.logits = outputs.logits[rows, index.to(rows.device)][:, None]
+    if outputs.logits.shape[1] > 1:  # else each row's last token is all there is: they were packed, or end together
+        index = index if outputs.logits.shape[1] == len(kept) else last
+        rows = torch.arange(len(last), device=outputs.logits.device)
+        outputs.logits = outputs.logits[rows, index.to(rows.device)][:, None]
     return outputs
 
 

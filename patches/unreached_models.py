@@ -16,8 +16,8 @@ from transformers.utils import logging
 
 from hf_paged_flash.attention import paged_flash_attention_forward
 from hf_paged_flash.errors import UnsupportedFeatureError
+from hf_paged_flash.model_source import module_source, parts
 from hf_paged_flash.patches.base import Patch
-from hf_paged_flash.patches.model_source import module_source, parts
 
 logger = logging.get_logger(__name__)
 

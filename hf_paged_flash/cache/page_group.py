@@ -196,7 +196,7 @@ class PageGroup(StoredRows):
 
     def end_packed(self) -> None:
         """Leaves of a packed step what rows of a batch can read."""
-        if self.step is not None:
+        if self.step is not None and self.step.is_packed:
             self.step = read_only(self.step)
 
     def note_window(self) -> None:

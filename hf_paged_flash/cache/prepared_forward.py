@@ -47,7 +47,7 @@ class PackedTokens:
         """
         on_host = attention_mask.cpu().numpy()
         real = on_host & (np.cumsum(on_host, 1) > stored[:, None])
-        mask = None if on_host.all() else attention_mask
+        mask = None if on_host.all() else attention_mask.clone()  # kept: it may be the user's own
         return PackedTokens(real, mask, real.sum(1, dtype=np.int64), np.flatnonzero(real))
 
     def new_tokens(self, floor: np.ndarray, lengths: np.ndarray, device: torch.device) -> NewTokens:
@@ -184,4 +184,5 @@ def _under_way(prepared: PreparedForward) -> Iterator[None]:
 
 def read_only(step: ForwardStep) -> ForwardStep:
     """`step` after its packed forward, for whoever reads what is stored."""
-    return replace(step, slot_mapping=step.slot_mapping[:0], cu_seqlens_q=None, max_seqlen_q=0, is_packed=False)
+    rest = {"cu_seqlens_q": None, "max_seqlen_q": 0, "is_packed": False, "_on_device": {}}
+    return replace(step, slot_mapping=step.slot_mapping[:0], **rest)

@@ -1,1 +1,4 @@
-"""What `generate()` does on a PagedCache beyond calling the model: decode steps as CUDA graphs."""
+"""What `generate()` does with a PagedCache and no other: prompts without their padding, decode steps as CUDA graphs.
+
+Nothing here is called by a user; `hf_paged_flash.patches` puts it where `generate()` finds it.
+"""

@@ -1,0 +1,154 @@
+"""Which prefills may run with their rows packed, `[1, tokens]`: those that are known to give the same.
+
+A model must look at other tokens in its attention alone, and give that nothing but queries, keys, values and what
+`PagedCache` and its mask tell. What a model's attention does is in no flag: its source is asked, and has to be as
+transformers' models mostly are. Everything else keeps its padding; `why_padded` says for which reason.
+"""
+
+import functools
+import re
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from transformers.generation.utils import GenerationMixin
+
+from ..cache import PagedCache
+from ..masks import MATRIX_CONFIGS
+from ..model_source import module_source, parts
+
+_UPDATE = re.compile(r"(\w+), (\w+) = \w*(?:past|cache)\w*\.update\([^()]*(?:\([^()]*\)[^()]*)*\)\n")
+# an encoder's keys, and what convolutions pad with, are in caches of their own
+_ANY_UPDATE = re.compile(r"\w*(?:past|cache)\w*(?<!cross_attention_cache)(?<!padding_cache)\.update\(")
+_CALL = re.compile(r"\battention_interface\((.*?)\n\s*\)\n", re.DOTALL)
+_SHARES = re.compile(r"shared_kv_states\[[\w.]+\] = \w+, \w+")  # later layers attend to them, and do no more
+_UNDER_EAGER = re.compile(r"if using_eager and .*?\n\s*else:\n", re.DOTALL)
+_OVERLAYS = re.compile(r"\bblock_sequence_ids\b|\bor_mask_function\b")
+_TAKEN = {"attention_mask", "dropout", "scaling", "sliding_window", "softcap", "s_aux", "position_ids", "is_causal"}
+# what the forward of a text may get beside numbers, names and nothing
+_UNDERSTOOD = {"input_ids", "attention_mask", "position_ids", "past_key_values", "cache", "logits_to_keep"}
+_STEPS = ("_prefill", "_update_model_kwargs_for_generation", "_sample", "_beam_search")
+_WRITTEN_OUT = ("output_hidden_states", "output_attentions")
+
+
+@functools.cache
+def attends_alone(model_class: type) -> bool:
+    """Whether attention layers of `model_class` pass what `update()` returned to the attention function, and no more.
+
+    And whether that function gets no bias, and no selection or sink of a query's own.
+    """
+    updates = 0
+    for source in parts(model_class).values():
+        found = list(_UPDATE.finditer(source))
+        if len(found) != len(_ANY_UPDATE.findall(source)):
+            return False
+        updates += len(found)
+        for update in found:
+            method = _UNDER_EAGER.sub("", source[update.end() :].partition("\n    def ")[0])
+            call = _CALL.search(method)
+            if call is None or not set(re.findall(r"(\w+)=", call[1])) <= _TAKEN:
+                return False
+            keys = re.compile(rf"\b({update[1]}|{update[2]})\b")
+            uses = [line.strip() for line in method.splitlines() if keys.search(line)]
+            handed_on = {f"{update[1]},", f"{update[2]},"}
+            if any(use not in handed_on and not _SHARES.fullmatch(use) for use in uses):
+                return False
+    return updates > 0
+
+
+def _has_own_steps(model: PreTrainedModel) -> bool:
+    return any(
+        name in vars(model) or getattr(type(model), name) is not getattr(GenerationMixin, name) for name in _STEPS
+    )
+
+
+def _works_on_its_mask(model: PreTrainedModel) -> bool:
+    if any(type(part.config) in MATRIX_CONFIGS for part in _models(model)):
+        return True
+    text = _text_config(model)
+    if getattr(text, "use_bidirectional_attention", None) not in (None, False, "vision"):
+        return True
+    # images in a text see all of themselves, and some models say so where there is none
+    return text is not model.config and bool(_OVERLAYS.search(module_source(type(model))))
+
+
+def _does_more_with_keys(model: PreTrainedModel) -> bool:
+    decoders = _decoders(model)
+    return not decoders or not all(attends_alone(type(part)) for part in decoders)
+
+
+def _attends_otherwise(model: PreTrainedModel) -> bool:
+    return any(part.config._attn_implementation != "paged_flash" for part in _decoders(model))
+
+
+def _decoders(model: PreTrainedModel) -> list[PreTrainedModel]:
+    return [part for part in _models(model) if type(part.config) is type(_text_config(model))]
+
+
+def _models(model: PreTrainedModel) -> list[PreTrainedModel]:
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+
+
+def _text_config(model: PreTrainedModel) -> PreTrainedConfig:
+    return model.config.get_text_config(decoder=True)
+
+
+def _has_chunks(model: PreTrainedModel) -> bool:
+    return "chunked_attention" in (getattr(_text_config(model), "layer_types", None) or ())
+
+
+def _mixes_tokens(model: PreTrainedModel) -> bool:
+    return any(isinstance(module, (nn.Conv1d, nn.RNNBase)) for module in model.modules())
+
+
+def _has_adapters_by_row(model: PreTrainedModel) -> bool:
+    """PEFT gives each row an adapter of its own by hooks that hold something a row."""
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    return any(getattr(hook, "keywords", {}).keys() & {"adapter_names", "alora_offsets"} for hook in hooks)
+
+
+# {what it is: whether a model is so}
+_OF_MODEL: dict[str, Callable[[PreTrainedModel], bool]] = {
+    "another attention than paged_flash": _attends_otherwise,
+    "an encoder beside the decoder": lambda model: model.config.is_encoder_decoder,
+    "steps of generation of the model's own": _has_own_steps,
+    "a mask that the model works on": _works_on_its_mask,
+    "attention in chunks": _has_chunks,
+    "convolutions or recurrences over tokens": _mixes_tokens,
+    "attention that does more with its keys than attend to them": _does_more_with_keys,
+    "an adapter for each row": _has_adapters_by_row,
+}
+
+
+def why_padded(
+    model: PreTrainedModel, cache: object, generation_config: GenerationConfig, model_kwargs: dict
+) -> str | None:
+    """Why a prefill of `model` into `cache` with `model_kwargs` keeps its padding; None where rows may be packed."""
+    if type(cache) is not PagedCache:
+        return "another cache than PagedCache"
+    if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers):
+        return "layers with another state than keys"
+    for name in _WRITTEN_OUT:
+        asked = getattr(generation_config, name, None), model_kwargs.get(name), getattr(model.config, name, None)
+        if any(asked):
+            return f"`{name}`"
+    if model_kwargs.get("inputs_embeds") is not None:
+        return "`inputs_embeds`"
+    return next((name for name, holds in _OF_MODEL.items() if holds(model)), None)
+
+
+def why_not_these(inputs: dict, cache: PagedCache) -> str | None:
+    """Why `inputs`, as `prepare_inputs_for_generation` made them of rows, can't be packed; None where they can."""
+    ids, mask, position_ids = (inputs.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
+    if ids is None or ids.dim() != 2 or (mask is not None and mask.dim() != 2):
+        return "inputs that are no rows of tokens"
+    if position_ids is None or position_ids.shape[-2:] not in (ids.shape, (1, ids.shape[1])):
+        return "a model that takes no positions"
+    if not any(inputs.get(name) is cache for name in ("past_key_values", "cache")):
+        return "a model that starts another cache"
+    for name, value in inputs.items():
+        if name not in _UNDERSTOOD and not isinstance(value, (bool, int, float, str, torch.dtype, type(None))):
+            return f"`{name}`, which may be of rows"
+    return None

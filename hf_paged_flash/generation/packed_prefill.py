@@ -1,0 +1,115 @@
+"""The prefill of `generate()` without padding: the tokens of all rows one after another, `[1, tokens]`.
+
+Attention runs over each row by itself (`packed_forward`); everything else in the model sees tokens alone and computes
+none for nothing. The logits are those of each row's last token. A prefix that is stored already is not computed again.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from ..cache import PagedCache
+from ..cache.forward_step import to_device
+from ..cache.prepared_forward import PackedTokens, packed_forward
+from ..errors import ArgumentError
+from .packable import why_not_these, why_padded
+
+
+def packed_prefill(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    cache: PagedCache,
+    generation_config: GenerationConfig,
+    model_kwargs: dict,
+    is_first_iteration: bool,
+) -> ModelOutput | None:
+    """What `_prefill` returns, with logits (B, 1, V) of each row's last token; None where rows keep their padding.
+
+    They do where there is none and nothing is ragged, and where `why_padded` or `why_not_these` knows a reason.
+    Waits for the device once, to read the mask.
+
+    Raises:
+        ArgumentError: a row without a new token.
+    """
+    attention_mask = model_kwargs.get("attention_mask")
+    if input_ids.dim() != 2 or (attention_mask is not None and attention_mask.dim() != 2):
+        return None
+    columns = cache.get_seq_length()
+    holds_prefixes = not columns and cache.group.holds_tokens
+    if (attention_mask is None and not holds_prefixes) or why_padded(model, cache, generation_config, model_kwargs):
+        return None
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    mask = mask.bool().cpu()
+    new = mask[:, columns:]
+    if not new.shape[1] or (new.all() and not holds_prefixes):
+        return None
+    # all of them, or those that were passed without the ones before
+    length = new.shape[1] if input_ids.shape[1] == mask.shape[1] else None
+    inputs = model.prepare_inputs_for_generation(
+        input_ids, next_sequence_length=length, is_first_iteration=is_first_iteration, **model_kwargs
+    )
+    if why_not_these(inputs, cache) or inputs["input_ids"].shape != new.shape:
+        return None
+    check_new_tokens(new)
+    return _run(model, inputs, cache, mask, generation_config.prefill_chunk_size)
+
+
+def check_new_tokens(new: torch.Tensor) -> None:
+    """Raises ArgumentError where a row of `new`, bool (B, new columns) on the host, has no token."""
+    without = ~new.any(1)
+    if without.any():
+        raise ArgumentError(
+            f"`attention_mask` leaves row {int(without.nonzero()[0])} without a new token: every row needs one to "
+            "continue from"
+        )
+
+
+def _run(
+    model: PreTrainedModel, inputs: dict, cache: PagedCache, mask: torch.Tensor, chunk_size: int | None
+) -> ModelOutput:
+    start, columns = cache.get_seq_length(), mask.shape[1]
+    last = columns - 1 - mask.flip(1).int().argmax(1).numpy()  # each row's last token
+    rows, logits = [], []
+    for end in _ends(start, columns, chunk_size):
+        with packed_forward(cache.groups, mask[:, :end]) as tokens:
+            if not len(tokens.indices):
+                continue  # all of them are padding, or stored
+            ending = np.flatnonzero(tokens.real[np.arange(len(mask)), np.minimum(last, end - 1)] & (last < end))
+            kept = np.cumsum(tokens.counts)[ending] - 1
+            outputs = model(**_packed(inputs, tokens, start, kept), return_dict=True)
+        if len(ending):
+            of_rows = outputs.logits[0]
+            if len(of_rows) != len(kept):  # the model took no `logits_to_keep`
+                of_rows = of_rows.index_select(0, to_device(kept, of_rows.device))
+            rows.append(ending)
+            logits.append(of_rows)
+    order = np.argsort(np.concatenate(rows))
+    outputs.logits = torch.cat(logits).index_select(0, to_device(order, logits[0].device))[:, None]
+    return outputs
+
+
+def _ends(start: int, columns: int, chunk_size: int | None) -> Iterator[int]:
+    """The columns up to which each forward goes."""
+    if chunk_size is not None:
+        yield from range(start + chunk_size, columns, chunk_size)
+    yield columns
+
+
+def _packed(inputs: dict, tokens: PackedTokens, start: int, kept: np.ndarray) -> dict:
+    """`inputs` of rows whose first column is `start`, with the `tokens` alone and logits of the `kept` ones."""
+    input_ids, position_ids = inputs["input_ids"], inputs["position_ids"]
+    batch, length = input_ids.shape
+    row, column = np.divmod(tokens.indices, tokens.real.shape[1])
+    places = to_device(row * length + column - start, input_ids.device)
+    position_ids = position_ids.expand(*position_ids.shape[:-2], batch, length).flatten(-2)
+    packed = inputs | {
+        "input_ids": input_ids.flatten().index_select(0, places)[None],
+        "position_ids": position_ids.index_select(-1, places)[..., None, :],
+        "attention_mask": None,
+    }
+    if "logits_to_keep" in inputs:  # one at least
+        packed["logits_to_keep"] = to_device(kept if len(kept) else np.zeros(1, np.int64), input_ids.device)
+    return packed
