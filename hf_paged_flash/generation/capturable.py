@@ -2,10 +2,24 @@
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .. import backend
 
+_aten = torch.ops.aten
+# the host needs what they compute
+_WAITING = {
+    _aten._local_scalar_dense.default,
+    _aten.bincount.default,
+    _aten.equal.default,
+    _aten.is_nonzero.default,
+    _aten.item.default,
+    _aten.masked_select.default,
+    _aten.nonzero.default,
+    _aten.repeat_interleave.Tensor,
+    _aten._unique2.default,
+}
 _OF_EVERY_MODULE = set(vars(nn.Module()))
 _INERT_HOOKS = ("transformers.utils.output_capturing",)  # they collect what nobody has asked for
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
@@ -73,6 +87,27 @@ def fingerprint(model: PreTrainedModel) -> tuple:
     for config in configs.values():
         parts.append(_plain(vars(config)))
     return tuple(parts)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Within it what waits for the device raises: a capture would fail there, and leave torch in disorder."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        waits = func in _WAITING
+        if func is _aten.index.Tensor:
+            waits = any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+        elif func is _aten.copy_.default:
+            waits = _moves(args[0].device, args[1].device)
+        elif func is _aten._to_copy.default:
+            waits = _moves(args[0].device, kwargs.get("device") or args[0].device)
+        if waits:
+            raise RuntimeError(f"`{func}` waits for the device")
+        return func(*args, **kwargs)
+
+
+def _moves(source: torch.device, target: torch.device) -> bool:
+    return (source.type == "cpu") != (target.type == "cpu")
 
 
 def _plain(value):

@@ -13,6 +13,7 @@ import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from threading import Lock
 from typing import Any
 
@@ -26,7 +27,7 @@ from ..cache import PagedCache
 from ..cache.kept_addresses import KeptAddresses
 from ..cache.prepared_forward import static_forward
 from ..cache.step_buffers import StepBuffers
-from .capturable import fingerprint
+from .capturable import NoWaiting, fingerprint
 
 MAX_GRAPHS = 64  # of a model; the least recently used goes first
 MIN_WIDTH = 32  # blocks of the narrowest table
@@ -37,19 +38,25 @@ Run = Callable[[], ModelOutput]
 class CudaGraphs:
     """Captures what runs on one GPU; tests put a recorder in its place."""
 
+    _one_at_a_time = Lock()  # torch captures on one stream
+
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._memory: tuple | None = None  # of all its graphs
 
     def capture(self, run: Run) -> tuple[ModelOutput, Callable[[], None]]:
         """What `run` returned, still without values, and the replay that fills it."""
-        with torch.cuda.device(self._device):
+        with self._one_at_a_time, torch.cuda.device(self._device):
             if self._memory is None:
                 self._memory = torch.cuda.graph_pool_handle()
-            graph = torch.cuda.CUDAGraph()
-            # other threads may allocate memory meanwhile
-            with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-                outputs = run()
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+            try:
+                # other threads may allocate memory meanwhile
+                with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+                    outputs = run()
+            except BaseException:
+                torch.cuda.set_stream(stream)  # where a capture can't be ended, torch leaves its own in place
+                raise
         return outputs, graph.replay
 
 
@@ -156,7 +163,11 @@ class DecodeGraphs:
 
     def _first(self, kind: tuple, model: PreTrainedModel, cache: PagedCache, inputs: dict[str, Any]) -> ModelOutput:
         """The outputs of a forward that runs in Python: it compiles kernels, and shows what a replay would miss."""
-        with self._refusing():
+        if inputs.get("attention_mask") is None and "attention_mask" in signature(model.forward).parameters:
+            # some models look for padding where there is no mask, to warn, though not in a capture
+            ones = torch.ones(kind[0], cache.columns, dtype=torch.long, device=self.device)
+            inputs = inputs | {"attention_mask": ones}
+        with self._refusing(), NoWaiting():
             outputs = model(**inputs)
         others = [name for name, value in outputs.items() if value is not cache and name != "logits"]
         if others:
