@@ -36,5 +36,5 @@ PACKED_PREFILL = Patch(
     parameters=("self", "input_ids", "generation_config", "model_kwargs", "is_first_iteration"),
     wrapper=_prefill,
     reason="padding is not computed",
-    checked=("5.17.0",),
+    checked=("5.17.0", "5.23.0", "5.24.0"),
 )

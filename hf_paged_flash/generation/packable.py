@@ -29,6 +29,7 @@ _OVERLAYS = re.compile(r"\bblock_sequence_ids\b|\bor_mask_function\b")
 _TAKEN = {"attention_mask", "dropout", "scaling", "sliding_window", "softcap", "s_aux", "position_ids", "is_causal"}
 # what the forward of a text may get beside numbers, names and nothing
 _UNDERSTOOD = {"input_ids", "attention_mask", "position_ids", "past_key_values", "cache", "logits_to_keep"}
+_OF_NO_ROW = (bool, int, float, str, torch.dtype, type(None))
 _STEPS = ("_prefill", "_update_model_kwargs_for_generation", "_sample", "_beam_search")
 _WRITTEN_OUT = ("output_hidden_states", "output_attentions")
 
@@ -149,6 +150,7 @@ def why_not_these(inputs: dict, cache: PagedCache) -> str | None:
     if not any(inputs.get(name) is cache for name in ("past_key_values", "cache")):
         return "a model that starts another cache"
     for name, value in inputs.items():
-        if name not in _UNDERSTOOD and not isinstance(value, (bool, int, float, str, torch.dtype, type(None))):
+        is_empty = isinstance(value, (dict, list, tuple)) and not value
+        if name not in _UNDERSTOOD and not (is_empty or isinstance(value, _OF_NO_ROW)):
             return f"`{name}`, which may be of rows"
     return None
