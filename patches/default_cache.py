@@ -67,12 +67,9 @@ def _is_default(cache) -> bool:
 def _paged(model, config, built, generation_config, batch_size: int):
     """The paged counterpart of what transformers `built`."""
     from hf_paged_flash.cache import PagedCache, paged_encoder_decoder_cache
-    from hf_paged_flash.generation.decode_graph import share_addresses
 
     if not isinstance(built, EncoderDecoderCache):
-        cache = PagedCache(config)
-        share_addresses(model, cache)
-        return cache
+        return PagedCache(config)
     if "_prepare_cache_for_generation" in _own_methods(type(model)):
         # such a model goes on to build a cross-attention cache of its own
         return EncoderDecoderCache(PagedCache(config), built.cross_attention_cache)

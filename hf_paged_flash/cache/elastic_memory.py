@@ -251,11 +251,12 @@ class _Range:
 
     def __init__(self, driver: CudaDriver, nbytes: int, addresses: KeptAddresses | None) -> None:
         self._driver = driver
-        self.nbytes = nbytes
-        self.address = driver.reserve(nbytes) if addresses is None else addresses.take(driver, nbytes)
+        self.address, self.nbytes = (
+            (driver.reserve(nbytes), nbytes) if addresses is None else addresses.take(driver, nbytes)
+        )
         self.pages: list = []
         # at exit the process takes all of it along, and the driver may be gone before us
-        weakref.finalize(self, _free, driver, self.address, nbytes, self.pages, addresses).atexit = False
+        weakref.finalize(self, _free, driver, self.address, self.nbytes, self.pages, addresses).atexit = False
 
     def extend(self, count: int) -> None:
         """Maps `count` new pages behind the others, or none."""
@@ -312,8 +313,10 @@ def _free(driver: CudaDriver, address: int, nbytes: int, pages: list, addresses:
     if pages:
         driver.wait()  # kernels may still read them
     _unmap(driver, address, pages, 0)
-    if addresses is None or not addresses.keep(driver, address, nbytes):
+    if addresses is None:
         driver.free(address, nbytes)
+    else:
+        addresses.keep(driver, address, nbytes)
 
 
 def _free_abandoned(driver: CudaDriver) -> None:

@@ -2,9 +2,9 @@
 
 A graph belongs to a model, a batch size, a number of new tokens a row, and a width of the block tables: these grow by
 powers of two, so that there are few. It reads the step from `StepBuffers` and its inputs from tensors of its own, and
-knows the pools by their addresses. Pools that grow in place keep theirs, and a cache that `generate()` makes for a
-model takes over those of the cache before: so a later call replays what an earlier one has captured. Pools of ordinary
-tensors move when they grow and with each cache; their graphs are captured anew.
+knows the pools by their addresses. Pools that grow in place keep theirs, and the next cache of the model takes
+them over: so a later call replays what an earlier one has captured. Pools of ordinary tensors move when they grow and
+with each cache; their graphs are captured anew.
 
 All graphs of a model share one memory pool. They run one after another, for one `generate()` at a time.
 """
@@ -22,7 +22,6 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .. import backend
 from ..cache import PagedCache
 from ..cache.kept_addresses import KeptAddresses
 from ..cache.prepared_forward import static_forward
@@ -95,7 +94,7 @@ class DecodeGraphs:
     """The graphs of one model.
 
     Attributes:
-        addresses: by layer, those that pools of the caches of `generate()` have had.
+        addresses: by layer, those that the pools of caches have had.
         lock: held by the `generate()` that uses them.
         refusal: why no forward is captured any more, until the model changes.
     """
@@ -113,6 +112,11 @@ class DecodeGraphs:
         self._graphs: OrderedDict[tuple, _Graph] = OrderedDict()
         self._warm: set[tuple] = set()  # forwards that have run, whose kernels are compiled
         self.refusal: str | None = None
+
+    def lend_addresses(self, cache: PagedCache) -> None:
+        """Lets the pools of `cache` lie where those of the model's last cache lay, if it has none yet."""
+        for group in cache.groups:
+            group.pools.addresses = self.addresses
 
     def meet(self, model: PreTrainedModel) -> None:
         """Forgets what was captured if the model is not what it was."""
@@ -250,11 +254,3 @@ def graphs_of(model: PreTrainedModel) -> DecodeGraphs | None:
         if graphs is None or graphs.device != device:
             graphs = _of_models[model] = DecodeGraphs(device)
         return graphs
-
-
-def share_addresses(model: PreTrainedModel, cache: PagedCache) -> None:
-    """Lets the pools of `cache`, an empty one, lie where those of the model's last cache lay, for its graphs' sake."""
-    graphs = graphs_of(model) if backend.graphs() else None
-    if graphs is not None:
-        for group in cache.groups:
-            group.pools.addresses = graphs.addresses

@@ -76,6 +76,7 @@ def decode_loop(
         _say("`disable_compile` is set" if generation_config.disable_compile else "`synced_gpus` is set")
         yield model, stopping_criteria
         return
+    graphs.lend_addresses(cache)
     outer = getattr(_here, "loop", None)
     loop = _Loop(model, cache, generation_config, graphs, begins_with_prefill, keeps_logits, outer)
     _here.loop = outer or loop

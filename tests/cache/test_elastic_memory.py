@@ -180,22 +180,27 @@ class TestKeptAddresses:
         del kept
         assert driver.ranges == {}
 
-    def test_of_another_size(self, driver):
-        kept = KeptAddresses()
-        for reserve in (10, 20):
+    def test_the_largest_range_serves_all(self, driver):
+        kept, places = KeptAddresses(), []
+        for reserve in (10, 20, 10, 20):
             memory = ElasticMemory(driver, reserve * PAGE, kept)
             memory.grow(PAGE)
-            assert len(driver.ranges) == 1
+            places.append(memory.tensor().data_ptr())
             del memory
+            assert len(driver.ranges) == 1
+        assert places[0] != places[1] == places[2] == places[3]
 
     def test_beyond_the_reserved_addresses(self, driver):
         kept = KeptAddresses()
-        memory = ElasticMemory(driver, 2 * PAGE, kept)
-        memory.grow(2 * PAGE)
-        memory.tensor()[: 2 * PAGE] = 7
-        memory.grow(5 * PAGE)
-        assert bool((memory.tensor()[: 2 * PAGE] == 7).all())
-        assert len(driver.ranges) == 2, "those that it left are kept"
+        for ranges in (2, 1):  # the second memory need not move
+            memory = ElasticMemory(driver, 2 * PAGE, kept)
+            memory.grow(2 * PAGE)
+            memory.tensor()[: 2 * PAGE] = 7
+            memory.grow(5 * PAGE)
+            assert bool((memory.tensor()[: 2 * PAGE] == 7).all())
+            assert (driver.pages, len(driver.ranges)) == (5, ranges)
+            del memory
+            assert (driver.pages, len(driver.ranges)) == (0, 1)
 
     def test_a_pickle_has_none(self, driver):
         kept = KeptAddresses()
