@@ -14,7 +14,7 @@ class BlockPool:
     of it with gaps between the blocks. Unwritten room holds whatever was there before; every reader masks it.
 
     Attributes:
-        address: where the keys begin, their dtype, and the elements of a block: it says where all blocks lie.
+        address: where the keys begin; values lie at a fixed distance.
         memory: what the blocks lie in where it grows in place; None for an ordinary tensor, copied when it grows.
     """
 
@@ -38,7 +38,7 @@ class BlockPool:
             elements.as_strided((len(elements) // width, *shape), (width, *_strides(shape)), first)
             for shape, first in ((key, 0), (value, key.numel()))
         )
-        self.address = self.key.data_ptr(), self.key.dtype, width
+        self.address = self.key.data_ptr()
 
     @property
     def num_blocks(self) -> int:

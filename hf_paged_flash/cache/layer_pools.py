@@ -111,8 +111,13 @@ class LayerPools:
         """Bytes that `num_blocks` blocks take over all layers, counted as in `block_bytes`."""
         return sum(pool.bytes_for(num_blocks) for pool in self._pools.values()) * self.num_layers // len(self._pools)
 
-    def addresses_in_use(self) -> tuple:
-        """Where every pool lies."""
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """What each pool stores in."""
+        return tuple(pool.key.dtype for pool in self._pools.values())
+
+    def addresses_in_use(self) -> tuple[int, ...]:
+        """Where each pool lies."""
         return tuple(pool.address for pool in self._pools.values())
 
     def clear(self) -> None:

@@ -20,6 +20,7 @@ _WAITING = {
     _aten.repeat_interleave.Tensor,
     _aten._unique2.default,
 }
+_WRITES = {_aten.index_put.default, _aten.index_put_.default}
 _OF_EVERY_MODULE = set(vars(nn.Module()))
 _INERT_HOOKS = ("transformers.utils.output_capturing",)  # they collect what nobody has asked for
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
@@ -96,7 +97,9 @@ class NoWaiting(TorchDispatchMode):
         kwargs = kwargs or {}
         waits = func in _WAITING
         if func is _aten.index.Tensor:
-            waits = any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+            waits = _are_masks(args[1])
+        elif func in _WRITES:
+            waits = args[2].numel() > 1 and _are_masks(args[1])  # a single value is filled in
         elif func is _aten.copy_.default:
             waits = _moves(args[0].device, args[1].device)
         elif func is _aten._to_copy.default:
@@ -104,6 +107,10 @@ class NoWaiting(TorchDispatchMode):
         if waits:
             raise RuntimeError(f"`{func}` waits for the device")
         return func(*args, **kwargs)
+
+
+def _are_masks(indices: list[torch.Tensor | None]) -> bool:
+    return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in indices)
 
 
 def _moves(source: torch.device, target: torch.device) -> bool:

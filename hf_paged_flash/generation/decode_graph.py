@@ -145,6 +145,7 @@ class DecodeGraphs:
         tensors, constants = _sorted_out(inputs, cache)
         batch, q_length = inputs["input_ids"].shape
         kind = batch, q_length, *((name, x.shape, x.dtype) for name, x in tensors.items()), *constants.items()
+        kind = *kind, *((group.block_size, group.pools.dtypes) for group in cache.groups)
         graph: _Graph | None = None
 
         def buffers() -> StepBuffers:

@@ -225,6 +225,16 @@ class TestTheCache:
             del cache
         assert (recorders.captured, recorders.replayed) == (1, 3 * STEPS - 1)
 
+    def test_block_sizes_and_dtypes(self, llama, recorders, elastic):
+        """Other blocks at the same addresses are another graph, after a warm-up that compiles kernels for them."""
+        options = [{"block_size": 16}, {"block_size": 32}, {"dtype": torch.float64}]
+        for option in options * 2:
+            cache = PagedCache(llama.paged.config, **option)
+            tokens = new_tokens(llama.paged, *ragged_batch(LENGTHS), past_key_values=cache)
+            assert torch.equal(tokens, unpadded_runs(llama.eager))
+            del cache
+        assert (recorders.captured, recorders.replayed) == (3, 6 * STEPS - 3)
+
     def test_addresses_are_handed_on(self, llama, recorders, elastic):
         """A cache that is kept keeps its addresses; those of a dropped one serve the next."""
         input_ids, mask = ragged_batch(LENGTHS)
