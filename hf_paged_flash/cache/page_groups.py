@@ -16,6 +16,7 @@ from .length_floor import LengthFloor
 from .mask_handoff import expect_no_mask
 from .page_group import PageGroup
 from .prepared_forward import PackedTokens, PreparedForward
+from .shared_cap import cap_of
 from .step_buffers import StepBuffers
 
 
@@ -118,16 +119,7 @@ class PageGroups(list[PageGroup]):
         for group in self:
             group.own_tensors()
 
-    def _take(
-        self,
-        new: NewTokens,
-        keeps: list[bool],
-        mask: torch.Tensor | None,
-        end: int,
-        device: torch.device,
-        *,
-        knows_mask: bool,
-    ) -> None:
+    def _take(self, new: NewTokens, keeps: list[bool], mask, end: int, device, *, knows_mask: bool) -> None:
         with self._taking(new, keeps):
             for group in self:
                 group.begin(new, mask, end, device, knows_mask=knows_mask)
@@ -141,7 +133,7 @@ class PageGroups(list[PageGroup]):
         try:
             for index, group in enumerate(self):
                 to_come = [other.blocks_short(new.counts) for other in self[index + 1 :]]
-                group.plan(new, self.cap(group, [0] * (index + 1) + to_come), growth)
+                group.plan(new, cap_of(self, group, [0] * (index + 1) + to_come), growth)
             for group in self:
                 group.grow_pools()
             for group in self:
@@ -216,7 +208,7 @@ class PageGroups(list[PageGroup]):
         Raises:
             CacheFullError: no room under `max_memory` or on the device; every group is as it was before the step.
         """
-        blocks, cap = group.manager.num_blocks, self.cap(group)
+        blocks, cap = group.manager.num_blocks, cap_of(self, group)
         if cap is not None and blocks > cap:  # layers differ in size, and the first ones were the smaller ones
             below = group.below_one_block(blocks)
             self._refuse(step.start)
@@ -245,34 +237,6 @@ class PageGroups(list[PageGroup]):
     def _give_memory_back(self) -> None:
         for group in self:
             group.store.give_back()
-
-    def cap(self, group: PageGroup, to_come: list[int] | None = None) -> int | None:
-        """The cap of `group` in blocks: its own, and what the others leave of `max_memory`; None for none.
-
-        `to_come`: blocks that each group is about to add, for which `group` leaves room.
-        """
-        if len(self) == 1 or self.max_memory is None:
-            return group.pools.cap
-        taken = sum(
-            self._bytes_for(other, other.store.blocks.num_blocks + more)
-            for other, more in zip(self, to_come or [0] * len(self), strict=True)
-            if other is not group
-        )
-        caps = [] if group.pools.num_blocks is None else [group.pools.num_blocks]
-        left = max(self.max_memory - taken, 0)
-        if group.pools.block_bytes:
-            caps.append(group.pools.blocks_within(left))
-        elif block_bytes := self._bytes_for(group, 1):
-            caps.append(left // block_bytes)
-        return min(caps, default=None)
-
-    def _bytes_for(self, group: PageGroup, blocks: int) -> int:
-        """Bytes of `blocks` blocks of `group`; before its layers store, as if they were like the other groups'."""
-        if group.pools.block_bytes:
-            return group.pools.bytes_for(blocks)
-        known = [other.pools for other in self if other.pools.block_bytes]
-        layers = sum(pools.num_layers for pools in known)
-        return blocks * (sum(pools.block_bytes for pools in known) * group.pools.num_layers // max(layers, 1))
 
     # ------------------------------------------------------------------------------------- tokens stored before
 

@@ -544,6 +544,36 @@ class TestRefusals:
         self._runs_eager(model, recorders)
 
 
+class TestCudaGraphs:
+    """The calls of torch.cuda, which are not there without a GPU."""
+
+    @pytest.fixture
+    def cuda(self, monkeypatch):
+        cuda = mock.MagicMock()
+        cuda.current_stream.return_value = "the user's stream"
+        for name in ("CUDAGraph", "graph", "graph_pool_handle", "current_stream", "set_stream", "device"):
+            monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
+        cuda.graph.return_value.__exit__.return_value = False
+        return cuda
+
+    def test_all_share_one_pool(self, cuda):
+        graphs = decode_graph.CudaGraphs(torch.device("cuda", 0))
+        for run in (lambda: 1, lambda: 2):
+            outputs, replay = graphs.capture(run)
+            assert outputs == run() and replay is cuda.CUDAGraph.return_value.replay
+        assert cuda.graph_pool_handle.call_count == 1 and cuda.graph.call_count == 2
+        assert {call.kwargs["pool"] for call in cuda.graph.call_args_list} == {cuda.graph_pool_handle.return_value}
+        cuda.set_stream.assert_not_called()
+
+    def test_a_capture_that_can_not_be_ended(self, cuda):
+        cuda.graph.return_value.__exit__.side_effect = RuntimeError("CUDA error: capture was invalidated")
+        graphs = decode_graph.CudaGraphs(torch.device("cuda", 0))
+        with pytest.raises(RuntimeError, match="invalidated"):
+            graphs.capture(lambda: 1)
+        cuda.set_stream.assert_called_once_with("the user's stream")
+        assert not graphs._one_at_a_time.locked()
+
+
 def test_two_threads(llama, recorders, elastic):
     """One of them has the graphs, the other runs as it is."""
     results, barrier = {}, threading.Barrier(2)
