@@ -192,24 +192,23 @@ class _Loop:
         if not any(value is self._cache for value in inputs.values()):
             return False
         if self._is_open is None:
-            self._is_open = self._open()
+            self._open()
         return self._is_open and self._graphs.refusal is None
 
-    def _open(self) -> bool:
-        """At the first step, when the model is as it is in all of them."""
+    def _open(self) -> None:
+        """Settles whether graphs are used: at the first step, when the model is as it is in all of them."""
         is_known = self._outer is not None and self._graphs in self._outer._assistants
         reason = None if is_known else self._obstacle()
         if reason is None and not self._graphs.lock.acquire(blocking=False):
             reason = "another generate() uses its graphs"
+        self._is_open = reason is None
         if reason is not None:
             _say(reason)
-            return False
-        if not is_known:
+        elif not is_known:
             self._graphs.meet(self._model)
             # an assistant's loop begins anew with each draft; one that is the model itself, cut short, changes
             if self._outer is not None and self._outer._model is not self._model:
                 self._outer._assistants.add(self._graphs)
-        return True
 
     def _obstacle(self) -> str | None:
         if states_of(self._cache.layers):
