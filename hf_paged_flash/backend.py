@@ -5,6 +5,8 @@ The choice comes from the environment variable HF_PAGED_FLASH_BACKEND, read at i
 - ``auto``: kernels for CUDA tensors, the reference for all others, and where triton is not installed.
 - ``triton``: kernels, or an error. CPU tensors run in Triton's interpreter (TRITON_INTERPRET=1).
 - ``reference``: the torch reference on every device.
+
+Whether `generate()` replays its decode steps as CUDA graphs is said here too: HF_PAGED_FLASH_GRAPHS, or `configure`.
 """
 
 from __future__ import annotations
@@ -62,28 +64,46 @@ def _checked(name: str, argument: str) -> BackendName:
     return name
 
 
+def _checked_flag(value: str, argument: str) -> bool:
+    if value not in ("", "0", "1"):
+        raise ArgumentError(f"`{argument}` must be 0 or 1, got {value!r}")
+    return value == "1"
+
+
 _backend: BackendName = _checked(os.environ.get("HF_PAGED_FLASH_BACKEND") or "auto", "HF_PAGED_FLASH_BACKEND")
+_graphs = _checked_flag(os.environ.get("HF_PAGED_FLASH_GRAPHS", ""), "HF_PAGED_FLASH_GRAPHS")
 _lock = threading.Lock()
 _counts: dict[CountKind, Counter[str]] = {kind: Counter() for kind in get_args(CountKind)}
 
 
-def configure(*, backend: BackendName | None = None) -> None:
-    """Set the backend for the whole process.
+def configure(*, backend: BackendName | None = None, graphs: bool | None = None) -> None:
+    """Set what holds for the whole process; None leaves it as it is.
 
     Args:
-        backend: "auto", "triton" or "reference"; None leaves it as it is.
+        backend: "auto", "triton" or "reference".
+        graphs: whether `generate()` replays a decode step on CUDA as one graph, where it can; see
+            `hf_paged_flash.generation`. Off until somebody switches it on, and without effect on other devices.
 
     Raises:
-        ArgumentError: `backend` is none of these.
+        ArgumentError: `backend` or `graphs` is none of these; nothing has changed.
     """
-    global _backend
+    global _backend, _graphs
+    if graphs is not None and not isinstance(graphs, bool):
+        raise ArgumentError(f"`graphs` must be True, False or None, got {graphs!r}")
     if backend is not None:
         _backend = _checked(backend, "backend")
+    if graphs is not None:
+        _graphs = graphs
 
 
 def backend() -> BackendName:
     """The backend in force: "auto", "triton" or "reference"."""
     return _backend
+
+
+def graphs() -> bool:
+    """Whether decode graphs are switched on."""
+    return _graphs
 
 
 def use_kernels(tensor: torch.Tensor) -> bool:

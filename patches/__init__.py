@@ -5,7 +5,9 @@ was written for before it touches anything, and puts the original back on `undo(
 """
 
 from hf_paged_flash.patches.base import Patch
+from hf_paged_flash.patches.decode_loops import DECODE_LOOPS
 from hf_paged_flash.patches.default_cache import DEFAULT_CACHE
+from hf_paged_flash.patches.deferred_stops import DEFERRED_STOPS
 from hf_paged_flash.patches.encoder_decoder_cache import ENCODER_DECODER_CACHE
 from hf_paged_flash.patches.flash_functions import FLASH_FUNCTIONS
 from hf_paged_flash.patches.flash_implementations import FLASH_IMPLEMENTATIONS
@@ -30,6 +32,8 @@ ALL_PATCHES: tuple[Patch, ...] = (
     *PREFIX_CACHING,  # so does this, whose rows the one before goes on from
     *SHARED_PROMPT,  # before the next, which then sees the rows that are decoded
     PREFILL_LOGITS,
+    *DECODE_LOOPS,
+    DEFERRED_STOPS,
     GENERATE_BATCH,
     *MASK_FUNCTIONS,
     *FLASH_MASKS,

@@ -62,6 +62,24 @@ def test_environment_variable_with_a_wrong_value(monkeypatch):
         _imported_again()
 
 
+@pytest.mark.parametrize("value, expected", [("1", True), ("0", False), ("", False)])
+def test_graphs_are_off_until_switched_on(monkeypatch, value, expected):
+    monkeypatch.setenv("HF_PAGED_FLASH_GRAPHS", value)
+    again = _imported_again()
+    assert again.graphs() is expected
+    again.configure(graphs=not expected)
+    again.configure(backend="reference")
+    assert again.graphs() is not expected
+    with pytest.raises(ArgumentError, match="`graphs` must be True, False or None, got 'yes'"):
+        again.configure(graphs="yes")
+
+
+def test_graphs_variable_with_a_wrong_value(monkeypatch):
+    monkeypatch.setenv("HF_PAGED_FLASH_GRAPHS", "yes")
+    with pytest.raises(ArgumentError, match="`HF_PAGED_FLASH_GRAPHS` must be 0 or 1, got 'yes'"):
+        _imported_again()
+
+
 def _imported_again():
     spec = importlib.util.spec_from_file_location("backend_again", module.__file__)
     again = importlib.util.module_from_spec(spec)

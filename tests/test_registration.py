@@ -193,10 +193,11 @@ import transformers
 from transformers import AttentionInterface, AttentionMaskInterface, EncoderDecoderCache, GenerationMixin
 from transformers import PreTrainedModel, masking_utils, modeling_flash_attention_utils as flash_utils
 from transformers.generation.continuous_batching.continuous_api import ContinuousMixin
+from transformers.generation.utils import DeferredStopCheck
 from transformers.models.hrm_text import configuration_hrm_text, modeling_hrm_text
 from transformers.models.pixtral import modeling_pixtral
 owners = [flash_utils, GenerationMixin, PreTrainedModel, ContinuousMixin, masking_utils, modeling_pixtral]
-owners += [EncoderDecoderCache, configuration_hrm_text, modeling_hrm_text]
+owners += [EncoderDecoderCache, DeferredStopCheck, configuration_hrm_text, modeling_hrm_text]
 def state():
     return [dict(vars(owner)) for owner in owners] + [
         dict(AttentionInterface._global_mapping), dict(AttentionMaskInterface._global_mapping)

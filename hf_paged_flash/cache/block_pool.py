@@ -14,6 +14,7 @@ class BlockPool:
     of it with gaps between the blocks. Unwritten room holds whatever was there before; every reader masks it.
 
     Attributes:
+        address: where the keys begin; values lie at a fixed distance.
         memory: what the blocks lie in where it grows in place; None for an ordinary tensor, copied when it grows.
     """
 
@@ -32,11 +33,12 @@ class BlockPool:
         """Makes `key` and `value` views of a flat tensor, of as many blocks as fit into it."""
         key, value = self._shapes
         width = key.numel() + value.numel()
-        blocks = elements[: len(elements) // width * width].view(-1, width)
+        # `as_strided`: the strides of one block are those of many, a graph goes by them when the pool has grown
         self.key, self.value = (
-            blocks[:, : key.numel()].unflatten(1, key),
-            blocks[:, key.numel() :].unflatten(1, value),
+            elements.as_strided((len(elements) // width, *shape), (width, *_strides(shape)), first)
+            for shape, first in ((key, 0), (value, key.numel()))
         )
+        self.address = self.key.data_ptr()
 
     @property
     def num_blocks(self) -> int:
@@ -126,3 +128,8 @@ class BlockPool:
         slots_or_0 = slots.clamp(min=0)
         tokens = pool[slots_or_0 // pool.shape[1], slots_or_0 % pool.shape[1]]
         return tokens.masked_fill_((slots < 0)[:, :, None, None], 0).transpose(1, 2).contiguous()
+
+
+def _strides(shape: torch.Size) -> tuple[int, ...]:
+    _, heads, dim = shape
+    return heads * dim, dim, 1

@@ -12,6 +12,7 @@ from functools import cache
 import torch
 
 from ..errors import PagedFlashError
+from .kept_addresses import KeptAddresses
 
 
 class CudaDriver:
@@ -175,10 +176,12 @@ class ElasticMemory:
     Args:
         driver: of the device.
         reserve: bytes of addresses to reserve at first. Growth beyond them maps the same pages at other addresses.
+        addresses: where they come from and go back to; None: the driver.
     """
 
-    def __init__(self, driver: CudaDriver | MetaDriver, reserve: int) -> None:
+    def __init__(self, driver: CudaDriver | MetaDriver, reserve: int, addresses: KeptAddresses | None = None) -> None:
         self._driver = driver
+        self._addresses = addresses
         self.reserve = reserve
         self._range: _Range | None = None
 
@@ -223,7 +226,8 @@ class ElasticMemory:
     def _grow(self, nbytes: int) -> None:
         target = self._range
         if target is None or nbytes > target.nbytes:
-            target = _Range(self._driver, self.rounded(self.reserve if nbytes <= self.reserve else 2 * nbytes))
+            size = self.rounded(self.reserve if nbytes <= self.reserve else 2 * nbytes)
+            target = _Range(self._driver, size, self._addresses)
             if self._range is not None:
                 target.share(self._range)
         target.extend(nbytes // self._driver.granularity - len(target.pages))
@@ -245,13 +249,14 @@ class ElasticMemory:
 class _Range:
     """Reserved addresses, and the handles of the pages mapped to the first of them."""
 
-    def __init__(self, driver: CudaDriver, nbytes: int) -> None:
+    def __init__(self, driver: CudaDriver, nbytes: int, addresses: KeptAddresses | None) -> None:
         self._driver = driver
-        self.nbytes = nbytes
-        self.address = driver.reserve(nbytes)
+        self.address, self.nbytes = (
+            (driver.reserve(nbytes), nbytes) if addresses is None else addresses.take(driver, nbytes)
+        )
         self.pages: list = []
         # at exit the process takes all of it along, and the driver may be gone before us
-        weakref.finalize(self, _free, driver, self.address, nbytes, self.pages).atexit = False
+        weakref.finalize(self, _free, driver, self.address, self.nbytes, self.pages, addresses).atexit = False
 
     def extend(self, count: int) -> None:
         """Maps `count` new pages behind the others, or none."""
@@ -298,17 +303,20 @@ def _unmap(driver: CudaDriver, address: int, pages: list, keep: int) -> None:
         driver.release(pages.pop())
 
 
-def _free(driver: CudaDriver, address: int, nbytes: int, pages: list) -> None:
+def _free(driver: CudaDriver, address: int, nbytes: int, pages: list, addresses: KeptAddresses | None) -> None:
     """Gives a range back, or leaves it to the next memory that changes its size if the device can't be waited for."""
     if os.getpid() != driver.process:
         return
     if driver.is_capturing():
-        driver.abandoned.append((address, nbytes, pages))
+        driver.abandoned.append((address, nbytes, pages, addresses))
         return
     if pages:
         driver.wait()  # kernels may still read them
     _unmap(driver, address, pages, 0)
-    driver.free(address, nbytes)
+    if addresses is None:
+        driver.free(address, nbytes)
+    else:
+        addresses.keep(driver, address, nbytes)
 
 
 def _free_abandoned(driver: CudaDriver) -> None:

@@ -20,7 +20,7 @@ class NewTokens:
         real: bool (batch, q_length), which of them are tokens; None where the device alone knows.
         counts: int64 (batch,), how many tokens a row gets; upper bounds where the device alone knows.
         floor: int64 (batch,), no row has fewer tokens stored.
-        cache_seqlens: int32 (batch,), each row's tokens after the forward, on its device.
+        cache_seqlens: int32 (batch,), each row's tokens after the forward, on its device; None for a static step.
         indices, cu_seqlens_q: as in `ForwardStep`.
         repeats: each so many rows are alike: one of them is stored, the others share its blocks.
         is_packed: the forward has the new tokens alone, and `real` is bool (batch, columns) among all columns so far.
@@ -30,7 +30,7 @@ class NewTokens:
     real: np.ndarray | None
     counts: np.ndarray
     floor: np.ndarray
-    cache_seqlens: torch.Tensor
+    cache_seqlens: torch.Tensor | None
     indices: torch.Tensor | None
     cu_seqlens_q: torch.Tensor | None
     repeats: int = 1

@@ -11,6 +11,7 @@ from . import elastic_memory
 from .block_pool import BlockPool
 from .elastic_memory import ElasticMemory
 from .forward_step import to_device
+from .kept_addresses import KeptAddresses
 
 # Layers so narrow that a page of memory holds more blocks than this, and caps of fewer pages a layer than this, would
 # waste most of what they map: they get ordinary tensors.
@@ -27,6 +28,7 @@ class LayerPools:
 
     Attributes:
         is_elastic: whether growth copies nothing in any layer; False before the first.
+        addresses: by layer, where memory that grows in place takes its addresses from; None: from the device.
     """
 
     def __init__(self, num_layers: int, num_blocks: int | None, max_memory: int | None) -> None:
@@ -36,6 +38,7 @@ class LayerPools:
         self._pools: dict[int, BlockPool] = {}  # by layer index
         self._bytes_cap: int | None = None  # `max_memory` in blocks
         self.is_elastic = False
+        self.addresses: dict[int, KeptAddresses] | None = None
 
     @property
     def block_bytes(self) -> int:
@@ -86,7 +89,7 @@ class LayerPools:
         exact = None if self.max_memory is None else self.max_memory // self.block_bytes
         if not pool.num_blocks:
             caps = [cap for cap in (self.num_blocks, exact) if cap is not None]
-            pool.memory = self._memory_for(pool, min(caps, default=None))
+            pool.memory = self._memory_for(layer_idx, pool, min(caps, default=None))
         self.is_elastic = len(self._elastic) == len(self._pools)
         if exact is not None:
             self._bytes_cap = self.blocks_within(self.max_memory)
@@ -98,7 +101,7 @@ class LayerPools:
         least = max(size - page * self.num_layers, 0) // self.block_bytes
         return bisect_right(range(size // self.block_bytes + 1), size, lo=least, key=self.bytes_for) - 1
 
-    def _memory_for(self, pool: BlockPool, cap: int | None) -> ElasticMemory | None:
+    def _memory_for(self, layer_idx: int, pool: BlockPool, cap: int | None) -> ElasticMemory | None:
         driver = elastic_memory.driver_of(pool.key.device)
         if driver is None:
             return None
@@ -106,11 +109,21 @@ class LayerPools:
         if pool.block_bytes * MAX_BLOCKS_A_PAGE < driver.granularity or most < MIN_PAGES * driver.granularity:
             return None
         # a layer's share of the device; more than that where layers differ in size or lie on several devices
-        return ElasticMemory(driver, min(most, 4 * driver.total_memory // self.num_layers))
+        addresses = None if self.addresses is None else self.addresses[layer_idx]
+        return ElasticMemory(driver, min(most, 4 * driver.total_memory // self.num_layers), addresses)
 
     def bytes_for(self, num_blocks: int) -> int:
         """Bytes that `num_blocks` blocks take over all layers, counted as in `block_bytes`."""
         return sum(pool.bytes_for(num_blocks) for pool in self._pools.values()) * self.num_layers // len(self._pools)
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """What each pool stores in."""
+        return tuple(pool.key.dtype for pool in self._pools.values())
+
+    def addresses_in_use(self) -> tuple[int, ...]:
+        """Where each pool lies."""
+        return tuple(pool.address for pool in self._pools.values())
 
     def clear(self) -> None:
         self._pools.clear()

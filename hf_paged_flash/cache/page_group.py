@@ -77,15 +77,17 @@ class PageGroup(StoredRows):
         self.store.blocks.collect()
         return max(self.manager.blocks_needed(counts, self._first) - self.store.blocks.blocks_free, 0)
 
-    def plan(self, new: NewTokens, max_blocks: int | None) -> None:
+    def plan(self, new: NewTokens, max_blocks: int | None, growth: float = GROWTH) -> None:
         """Hands out blocks for the new tokens; nothing on the device has changed yet.
+
+        `growth`: what pools that must be copied to grow take beyond that, as a share of what they have.
 
         Raises:
             CacheFullError: no room under the cap of `max_blocks`.
         """
         self.store.set_cap(max_blocks)
         # pools that take whole pages copy nothing when they grow
-        self.store.blocks.growth = 0 if self.pools.is_elastic else GROWTH
+        self.store.blocks.growth = 0 if self.pools.is_elastic else growth
         try:
             change = self._append(new)
         except CacheFullError as error:
@@ -139,7 +141,7 @@ class PageGroup(StoredRows):
             position = before[:, None] + np.cumsum(new.real, 1, dtype=np.int64) - 1
             self.has_padding |= mask is not None if new.is_packed else not new.real.all()
             is_stored = new.real & (np.arange(self.batch) % new.repeats == 0)[:, None]
-            slots = self._slots(np.where(is_stored, position, -1))
+            slots = self.slots(np.where(is_stored, position, -1))
             slots = to_device(slots[new.real] if new.is_packed else slots.reshape(-1), device)
         step = ForwardStep(
             start=start,
@@ -161,6 +163,38 @@ class PageGroup(StoredRows):
         self._mask = mask if mask is not None else self._mask
         self.columns = step.end
         self.step = step
+
+    def begin_static(
+        self, slot_mapping: torch.Tensor, block_table: torch.Tensor, cache_seqlens: torch.Tensor, end: int
+    ) -> None:
+        """As `begin`, over tensors at addresses that stay, which hold the step already, see `StepBuffers`."""
+        self.step = ForwardStep(
+            start=self.columns,
+            end=end,
+            batch=self.batch,
+            slot_mapping=slot_mapping,
+            block_table=block_table,
+            cache_seqlens=cache_seqlens,
+            max_seqlen_k=block_table.shape[1] * self.block_size,
+            max_seqlen_q=end - self.columns,
+            num_blocks=self.manager.num_blocks,
+            knows_mask=True,
+            has_past=True,
+        )
+        self.columns, self._cache_seqlens = end, cache_seqlens
+        self._block_table = None  # the next step's changes alone would not do
+        self._dropped.clear()
+
+    def empty_rows(self, rows: np.ndarray) -> None:
+        """See `PageGroups.empty_rows`."""
+        self.manager.truncate(np.where(rows, 0, self.manager.lengths))
+        self._lengths_changed(self.columns)
+        self.store.shrink()
+
+    def own_tensors(self) -> None:
+        """Leaves the tensors of a static step to the next one."""
+        if self.is_exact:
+            self._lengths_changed(self.columns)
 
     def end_packed(self) -> None:
         """Leaves of a packed step what rows of a batch can read."""
@@ -240,6 +274,7 @@ class PageGroup(StoredRows):
             self.manager.start_rows(self.batch)
         self._mask, self._cache_seqlens, self._exact = before.mask, before.cache_seqlens, before.exact
         self._set_columns(columns)
+        self.own_tensors()  # a static step has written over those of the one before
 
     def _table_on(self, device: torch.device, change: Append) -> torch.Tensor:
         """The block table on `device`, only the changed entries sent where that is possible."""

@@ -1,19 +1,23 @@
 """The groups of a cache: all take a forward's tokens together, or none does."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
 from ..errors import ArgumentError, CacheFullError
 from .block_pool import BlockPool
+from .blocks import GROWTH
 from .forward_step import ForwardStep, NewTokens, to_device
 from .layer_pools import growth_error
 from .length_floor import LengthFloor
 from .mask_handoff import expect_no_mask
 from .page_group import PageGroup
 from .prepared_forward import PackedTokens, PreparedForward
+from .shared_cap import cap_of
+from .step_buffers import StepBuffers
 
 
 class PageGroups(list[PageGroup]):
@@ -94,41 +98,64 @@ class PageGroups(list[PageGroup]):
         self._take(new, keeps, packed.mask, packed.real.shape[1], device, knows_mask=True)
 
     @torch.inference_mode(False)
-    def begin_planned(self, q_length: int, device: torch.device) -> None:
-        """`begin` for `q_length` more tokens in each row, before the forward, see `planned_forward`."""
-        new = self._new_tokens(None, self.batch, q_length, device)
+    def begin_static(self, counts: np.ndarray, q_length: int, buffers: Callable[[], StepBuffers]) -> None:
+        """`begin` for `counts[b]` more tokens in row b, `q_length` or none, see `static_forward`."""
+        self.sync_lengths()
+        self._floor.restart(self[0].manager.lengths)
+        new = NewTokens(None, counts, self._floor.lengths, None, None, None)
         keeps = [group.keeps_to_window for group in self]
-        self._take(new, keeps, None, self.columns + q_length, device, knows_mask=True)
+        with self._taking(new, keeps, growth=1):  # each growth costs what was captured
+            static, end = buffers(), self.columns + q_length
+            static.write(self, counts)
+            for group, *tensors in zip(self, static.slot_mapping, static.block_table, strict=True):
+                group.begin_static(*tensors, static.cache_seqlens, end)
 
-    def _take(
-        self,
-        new: NewTokens,
-        keeps: list[bool],
-        mask: torch.Tensor | None,
-        end: int,
-        device: torch.device,
-        *,
-        knows_mask: bool,
-    ) -> None:
+    def empty_rows(self, rows: np.ndarray) -> None:
+        """Gives back what `rows`, bool (batch,), hold; they stay, and nobody may ask for what they held."""
+        self.sync_lengths()
+        for group in self:
+            group.empty_rows(rows)
+
+    def own_tensors(self) -> None:
+        """What stays is no tensor of a static step."""
+        for group in self:
+            group.own_tensors()
+
+    def _take(self, new: NewTokens, keeps: list[bool], mask, end: int, device, *, knows_mask: bool) -> None:
+        with self._taking(new, keeps):
+            for group in self:
+                group.begin(new, mask, end, device, knows_mask=knows_mask)
+
+    @contextmanager
+    def _taking(self, new: NewTokens, keeps: list[bool], growth: float = GROWTH) -> Iterator[None]:
+        """Hands out every group's blocks for the new tokens; takes them back where what follows is refused."""
+        start = self.columns
+        self._hand_out(new, keeps, growth)
+        try:
+            yield
+        except BaseException:
+            self._refuse(start)
+            raise
+
+    def _hand_out(self, new: NewTokens, keeps: list[bool], growth: float) -> None:
         start = self.columns
         for group, keeps_to_window in zip(self, keeps, strict=True):
             group.prepare(new, keeps_to_window)
         try:
             for index, group in enumerate(self):
                 to_come = [other.blocks_short(new.counts) for other in self[index + 1 :]]
-                group.plan(new, self.cap(group, [0] * (index + 1) + to_come))
+                group.plan(new, cap_of(self, group, [0] * (index + 1) + to_come), growth)
             for group in self:
                 group.grow_pools()
             for group in self:
                 group.copy_shared()
-            for group in self:
-                group.begin(new, mask, end, device, knows_mask=knows_mask)
         except BaseException as error:
             self._refuse(start)
+            # a device that is full may hold blocks that only an index of prefixes keeps
             is_of_device = isinstance(error, CacheFullError) and error.__cause__ is not None
             if not is_of_device or not any(group.store.forget_kept() for group in self):
                 raise
-            self._take(new, keeps, mask, end, device, knows_mask=knows_mask)
+            self._hand_out(new, keeps, growth)
 
     def check(self, batch: int, mask: torch.Tensor | None, q_length: int, *, may_hold_tokens: bool = False) -> None:
         """Begins empty rows where there are no columns; `may_hold_tokens`: those that were given tokens stay.
@@ -195,7 +222,7 @@ class PageGroups(list[PageGroup]):
         Raises:
             CacheFullError: no room under `max_memory` or on the device; every group is as it was before the step.
         """
-        blocks, cap = group.manager.num_blocks, self.cap(group)
+        blocks, cap = group.manager.num_blocks, cap_of(self, group)
         if cap is not None and blocks > cap:  # layers differ in size, and the first ones were the smaller ones
             below = group.below_one_block(blocks)
             self._refuse(step.start)
@@ -224,34 +251,6 @@ class PageGroups(list[PageGroup]):
     def _give_memory_back(self) -> None:
         for group in self:
             group.store.give_back()
-
-    def cap(self, group: PageGroup, to_come: list[int] | None = None) -> int | None:
-        """The cap of `group` in blocks: its own, and what the others leave of `max_memory`; None for none.
-
-        `to_come`: blocks that each group is about to add, for which `group` leaves room.
-        """
-        if len(self) == 1 or self.max_memory is None:
-            return group.pools.cap
-        taken = sum(
-            self._bytes_for(other, other.store.blocks.num_blocks + more)
-            for other, more in zip(self, to_come or [0] * len(self), strict=True)
-            if other is not group
-        )
-        caps = [] if group.pools.num_blocks is None else [group.pools.num_blocks]
-        left = max(self.max_memory - taken, 0)
-        if group.pools.block_bytes:
-            caps.append(group.pools.blocks_within(left))
-        elif block_bytes := self._bytes_for(group, 1):
-            caps.append(left // block_bytes)
-        return min(caps, default=None)
-
-    def _bytes_for(self, group: PageGroup, blocks: int) -> int:
-        """Bytes of `blocks` blocks of `group`; before its layers store, as if they were like the other groups'."""
-        if group.pools.block_bytes:
-            return group.pools.bytes_for(blocks)
-        known = [other.pools for other in self if other.pools.block_bytes]
-        layers = sum(pools.num_layers for pools in known)
-        return blocks * (sum(pools.block_bytes for pools in known) * group.pools.num_layers // max(layers, 1))
 
     # ------------------------------------------------------------------------------------- tokens stored before
 

@@ -150,6 +150,11 @@ class PagedCache(Cache):
         """Rows, -1 while nothing is stored."""
         return self.groups.batch if self.columns else -1
 
+    @property
+    def is_capped(self) -> bool:
+        """Whether it may refuse tokens that the device has room for."""
+        return self.groups.max_memory is not None or any(group.pools.num_blocks is not None for group in self.groups)
+
     def memory(self) -> CacheMemory:
         """What is reserved, stored and wasted now. Forks share what they report. Waits for the device."""
         return memory_of(self.groups, self.prefixes)
@@ -172,6 +177,11 @@ class PagedCache(Cache):
         is_under_way = isinstance(layer, PagedLayer) and layer.is_under_way(query_length)
         self.groups.states_changed &= is_under_way or any(group.is_announced for group in self.groups)
         return super().get_mask_sizes(query_length, layer_idx)
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """As in `Cache`: where the queries of a forward begin, which a mask function is told."""
+        layer = self.layers[layer_idx]
+        return layer.columns if isinstance(layer, PagedLayer) else super().get_query_offset(layer_idx)
 
     def update_conv_state(self, *args, **kwargs) -> torch.Tensor:
         self.groups.states_changed = True

@@ -221,6 +221,13 @@ class PagedLayer(CacheLayerMixin):
         return fork
 
     def get_seq_length(self) -> int:
+        """Columns stored.
+
+        Raises:
+            UnsupportedFeatureError: within a forward that is to be replayed, which would go on with this number.
+        """
+        if self.groups.prepared is not None and self.groups.prepared.is_static:
+            raise UnsupportedFeatureError("the model's forward asks how long its cache is: a replay can't ask")
         return self.columns
 
     def get_max_length(self) -> int:

@@ -105,6 +105,9 @@ class PagedTensor(torch.Tensor):
 
         Zeros in padded columns, and in those that a sliding window has left behind for good.
         """
+        prepared = self.layer.groups.prepared
+        if prepared is not None and prepared.is_static:
+            raise UnsupportedFeatureError(f"`{reason}` needs dense keys and values, which a replay would not find")
         if self.step.is_packed:
             raise UnsupportedFeatureError(
                 f"`{reason}` needs dense keys and values where the rows of a batch are packed (`generate()` does so "

@@ -5,7 +5,7 @@ hands on no padding; windows it notes as always. A forward that does not come to
 before is lost, and the next one finds the cache as this one did.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ import torch
 from ..errors import ArgumentError, PagedFlashError
 from .forward_step import ForwardStep, NewTokens, to_device
 from .mask_handoff import expect_mask, expect_no_mask
+from .step_buffers import StepBuffers
 
 if TYPE_CHECKING:
     from .page_group import PageGroup
@@ -85,6 +86,21 @@ class PreparedForward:
     packed: PackedTokens | None = None
     is_planned: bool = False
 
+    @property
+    def is_static(self) -> bool:
+        """Whether it may be replayed without its Python code, which must not go by what the host knows."""
+        return self.packed is None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every layer that holds columns has stored this forward's."""
+        return all(set(group.layer_columns.values()) == {group.columns} for group in self.groups)
+
+    def skip_layers(self) -> None:
+        """Every layer has stored the forward's tokens, as far as the host can tell: a replay of it does."""
+        for group in self.groups:
+            group.layer_columns = dict.fromkeys(group.layer_columns, group.columns)
+
     def mask_sizes(self, group: "PageGroup", q_length: int) -> tuple[int, int]:
         """(kv_length, kv_offset), of no consequence for a packed forward."""
         kv_length = self.start + q_length if self.packed is None else q_length
@@ -138,19 +154,23 @@ def packed_forward(groups: "PageGroups", attention_mask: torch.Tensor) -> Iterat
 
 
 @contextmanager
-def planned_forward(groups: "PageGroups", q_length: int, device: torch.device) -> Iterator[None]:
-    """Plans a forward of `q_length` columns, a token of its row each, within which the model is called with them.
+def static_forward(
+    groups: "PageGroups", q_length: int, buffers: Callable[[], StepBuffers], finished: np.ndarray | None = None
+) -> Iterator[PreparedForward]:
+    """Plans a forward of `q_length` columns, tokens of their rows all, within which the model is called with them.
 
-    `groups[i].step` is there from the start, and may be replaced by one with the same tokens. Windows give back what
-    the last forward said.
+    It may be replayed instead: the step is in tensors whose addresses stay. `buffers` gives these once the rows have
+    their blocks, and knows then how wide tables must be and where pools lie. Windows give back what the last forward
+    said. Rows `finished`, bool (batch,), compute their columns and store none.
 
     Raises:
         CacheFullError: no room; the cache is as it was.
     """
     prepared = PreparedForward(groups, groups.columns, is_planned=True)
-    groups.begin_planned(q_length, device)
+    counts = np.full(groups.batch, q_length, np.int64)
+    groups.begin_static(counts if finished is None else np.where(finished, 0, counts), q_length, buffers)
     with _under_way(prepared):
-        yield
+        yield prepared
 
 
 @contextmanager

@@ -112,9 +112,9 @@ class StoredRows:
         self.sync_lengths()
         real = self.real_columns()
         real = np.ones((self.batch, columns), bool) if real is None else real[:, :columns]
-        return to_device(self._slots(np.where(real, np.cumsum(real, 1, dtype=np.int64) - 1, -1)), device)
+        return to_device(self.slots(np.where(real, np.cumsum(real, 1, dtype=np.int64) - 1, -1)), device)
 
-    def _slots(self, positions: np.ndarray) -> np.ndarray:
+    def slots(self, positions: np.ndarray) -> np.ndarray:
         """Slots int64 of token `positions` (batch, n) of each row, -1 for -1 and for tokens that are not stored."""
         row, column = np.nonzero(positions >= self.manager.first[:, None] * self.block_size)
         position = positions[row, column]
@@ -147,7 +147,7 @@ class StoredRows:
         if self._mask is not None and self._mask.shape[1] > columns:
             known = self._mask[:, columns:].cpu().numpy()
             gone = gone - known.shape[1] + np.array([np.count_nonzero(row) for row in known])
-        return lengths - gone
+        return np.maximum(lengths - gone, 0)  # rows that were emptied hold none of their columns
 
     def check_truncate(self, lengths: np.ndarray) -> None:
         """Raises ArgumentError where rows cut to `lengths` would see tokens that have been given back."""

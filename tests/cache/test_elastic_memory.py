@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_paged_flash import CacheFullError, PagedCache
 from hf_paged_flash.cache import elastic_memory, layer_pools
 from hf_paged_flash.cache.elastic_memory import ElasticMemory
+from hf_paged_flash.cache.kept_addresses import KeptAddresses
 from hf_paged_flash.cache.page_group import PageGroup
 from tests.cache.fake_driver import FakeDriver
 from tests.cache.feed import Feed, pointers
@@ -159,6 +160,63 @@ class TestElasticMemory:
         driver.unmap(max(driver.mapped))
         driver.ranges.clear()
         driver.handles = 0
+
+
+class TestKeptAddresses:
+    def test_the_next_memory_lies_where_the_last_one_lay(self, driver):
+        kept = KeptAddresses()
+        memory = ElasticMemory(driver, 10 * PAGE, kept)
+        memory.grow(2 * PAGE)
+        address = memory.tensor().data_ptr()
+        del memory
+        assert driver.pages == 0 and list(driver.ranges) == [address], "memory is kept, or addresses are not"
+        first, second = (ElasticMemory(driver, 10 * PAGE, kept) for _ in range(2))
+        first.grow(PAGE)
+        second.grow(PAGE)
+        assert first.tensor().data_ptr() == address != second.tensor().data_ptr()
+        assert bool((first.tensor()[:PAGE] == 0xFF).all()), "what lay there before is still there"
+        del second, first
+        assert list(driver.ranges) != [] and len(driver.ranges) == 1, "of two, one is kept"
+        del kept
+        assert driver.ranges == {}
+
+    def test_the_largest_range_serves_all(self, driver):
+        kept, places = KeptAddresses(), []
+        for reserve in (10, 20, 10, 20):
+            memory = ElasticMemory(driver, reserve * PAGE, kept)
+            memory.grow(PAGE)
+            places.append(memory.tensor().data_ptr())
+            del memory
+            assert len(driver.ranges) == 1
+        assert places[0] != places[1] == places[2] == places[3]
+
+    def test_beyond_the_reserved_addresses(self, driver):
+        kept = KeptAddresses()
+        for ranges in (2, 1):  # the second memory need not move
+            memory = ElasticMemory(driver, 2 * PAGE, kept)
+            memory.grow(2 * PAGE)
+            memory.tensor()[: 2 * PAGE] = 7
+            memory.grow(5 * PAGE)
+            assert bool((memory.tensor()[: 2 * PAGE] == 7).all())
+            assert (driver.pages, len(driver.ranges)) == (5, ranges)
+            del memory
+            assert (driver.pages, len(driver.ranges)) == (0, 1)
+
+    def test_a_pickle_has_none(self, driver):
+        kept = KeptAddresses()
+        ElasticMemory(driver, 10 * PAGE, kept).grow(PAGE)
+        copy = pickle.loads(pickle.dumps(kept))
+        memory = ElasticMemory(driver, 10 * PAGE, copy)
+        memory.grow(PAGE)
+        assert len(driver.ranges) == 2
+
+    def test_a_forked_child_leaves_them_alone(self, driver):
+        kept = KeptAddresses()
+        ElasticMemory(driver, 10 * PAGE, kept).grow(PAGE)
+        driver.process += 1
+        del kept
+        assert len(driver.ranges) == 1
+        driver.ranges.clear()
 
 
 class TestCacheOverElasticMemory:

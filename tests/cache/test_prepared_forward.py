@@ -15,7 +15,8 @@ from hf_paged_flash import (
     backend,
     masks,
 )
-from hf_paged_flash.cache.prepared_forward import packed_forward, planned_forward
+from hf_paged_flash.cache.prepared_forward import packed_forward, static_forward
+from hf_paged_flash.cache.step_buffers import StepBuffers
 from tests.tiny_models import ragged_batch, tiny_config, tiny_model
 
 LENGTHS = (30, 7, 19, 1)
@@ -216,7 +217,15 @@ class TestPacked:
             packed(model, ids, mask, cache)
 
 
-class TestPlanned:
+def static(cache, q_length):
+    def buffers():
+        widths = [int(group.manager.row_blocks().max()) + 3 for group in cache.groups]
+        return StepBuffers(cache.batch_size, q_length, widths, torch.device("cpu"))
+
+    return static_forward(cache.groups, q_length, buffers)
+
+
+class TestStatic:
     @pytest.mark.parametrize("q_length", [1, 3])
     def test_equals_a_forward_with_a_mask(self, model, q_length):
         ids, mask, first = turns("left")
@@ -229,7 +238,7 @@ class TestPlanned:
                 mask[:, end - q_length : end] = 1
                 expected = padded(model, ids[:, :end], mask[:, :end], caches[0])
                 where = positions(mask)[:, end - q_length : end]
-                with planned_forward(caches[1].groups, q_length, ids.device):
+                with static(caches[1], q_length):
                     assert caches[1].groups[0].step.end == end
                     logits = model(ids[:, end - q_length : end], position_ids=where, past_key_values=caches[1]).logits
                 torch.testing.assert_close(logits.flatten(0, 1), expected)
@@ -244,7 +253,7 @@ class TestPlanned:
             where = mask.sum(1, keepdim=True)
             call = partial(model, ids[:, :1], position_ids=where)
             wider = torch.cat([mask, torch.zeros_like(mask[:, :1])], 1)
-            with planned_forward(caches[0].groups, 1, ids.device):
+            with static(caches[0], 1):
                 logits = call(past_key_values=caches[0], attention_mask=wider).logits
             wider[:, -1] = 1
             torch.testing.assert_close(logits, call(past_key_values=caches[1], attention_mask=wider).logits)
@@ -255,9 +264,9 @@ class TestPlanned:
         with torch.no_grad():
             for each in (cache, other):
                 packed(model, ids, mask, each)
-            with pytest.raises(CacheFullError), planned_forward(cache.groups, 300, ids.device):
+            with pytest.raises(CacheFullError), static(cache, 300):
                 pytest.fail("planned")
             assert_alike(cache, other)
-            with pytest.raises(RuntimeError), planned_forward(cache.groups, 2, ids.device):
+            with pytest.raises(RuntimeError), static(cache, 2):
                 raise RuntimeError
             assert_alike(cache, other)

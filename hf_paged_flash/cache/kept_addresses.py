@@ -1,0 +1,45 @@
+"""Addresses that one cache's pools leave to the next one's, so that graphs captured over the former fit the latter."""
+
+import os
+import weakref
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .elastic_memory import CudaDriver
+
+
+class KeptAddresses:
+    """The largest range of addresses that a layer's pools have had, with no memory behind it while nobody uses it.
+
+    It goes back to the device with this object.
+    """
+
+    def __init__(self) -> None:
+        self._kept: list[tuple] = []  # (driver, address, nbytes)
+        weakref.finalize(self, _free, self._kept).atexit = False
+
+    def take(self, driver: "CudaDriver", nbytes: int) -> tuple[int, int]:
+        """The first of at least `nbytes` addresses, and how many: those that were kept, or else new ones."""
+        with suppress(IndexError):  # list operations are atomic, and a garbage collection may call `keep` in between
+            kept = self._kept.pop()
+            if kept[0] is driver and kept[2] >= nbytes:
+                return kept[1:]
+            self.keep(*kept)
+        return driver.reserve(nbytes), nbytes
+
+    def keep(self, driver: "CudaDriver", address: int, nbytes: int) -> None:
+        """Takes in addresses that nobody uses any more."""
+        self._kept.append((driver, address, nbytes))
+        self._kept.sort(key=lambda kept: kept[2])
+        while len(self._kept) > 1:
+            _free([self._kept.pop(0)])
+
+    def __reduce__(self) -> tuple:
+        return KeptAddresses, ()  # addresses are this process's
+
+
+def _free(kept: list[tuple]) -> None:
+    for driver, address, nbytes in kept:
+        if os.getpid() == driver.process:
+            driver.free(address, nbytes)

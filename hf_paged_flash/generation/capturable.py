@@ -1,0 +1,141 @@
+"""Which models' forwards can be captured as a graph, and what a captured forward depends on."""
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .. import backend
+
+_aten = torch.ops.aten
+# the host needs what they compute
+_WAITING = {
+    _aten._local_scalar_dense.default,
+    _aten.bincount.default,
+    _aten.equal.default,
+    _aten.is_nonzero.default,
+    _aten.item.default,
+    _aten.masked_select.default,
+    _aten.nonzero.default,
+    _aten.repeat_interleave.Tensor,
+    _aten._unique2.default,
+}
+_WRITES = {_aten.index_put.default, _aten.index_put_.default}
+_OF_EVERY_MODULE = set(vars(nn.Module()))
+_INERT_HOOKS = ("transformers.utils.output_capturing",)  # they collect what nobody has asked for
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+_MOST_ITEMS = 64
+
+
+def obstacle(model: PreTrainedModel, generation_config) -> str | None:
+    """Why the forwards of `model` can't be captured, to follow "because"; None where nothing is known to hinder it."""
+    if model.config.is_encoder_decoder:
+        return "it is an encoder-decoder model"
+    if model.training:
+        return "it is in training mode: call `model.eval()`"
+    if torch.is_grad_enabled():
+        return "gradients are asked for"
+    for name in ("output_attentions", "output_hidden_states"):
+        if getattr(generation_config, name) or getattr(model.config, name, False):
+            return f"`{name}` is asked for"
+    if torch.is_autocast_enabled(model.device.type):
+        return "autocast keeps copies of the weights that do not outlive it: load the model in the dtype to run in"
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not getattr(quantizer, "is_compileable", False):
+        return f"{type(quantizer).__name__} can't be compiled, nor captured"
+    return _obstacle_in(model)
+
+
+def _obstacle_in(model: PreTrainedModel) -> str | None:
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1:
+        return f"its weights are on {len(devices)} devices"
+    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+        return "its weights are spread over several processes"
+    torch_module = torch.nn.modules.module
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return "there are hooks on the forwards of all modules"
+    for name, module in model.named_modules():
+        if hasattr(module, "_hf_hook"):
+            return f"accelerate runs the forward of `{name or type(module).__name__}`, to move tensors between devices"
+        for kind in _HOOKS:
+            if any(hook.__module__ not in _INERT_HOOKS for hook in getattr(module, kind).values()):
+                return f"`{name or type(module).__name__}` has a forward hook, which a graph would not run"
+    return None
+
+
+def fingerprint(model: PreTrainedModel) -> tuple:
+    """What a captured forward of `model` has taken in for good: addresses of weights, every plain value around them.
+
+    Adapters, their scales and whether they are merged or switched off are such values, and so are the configuration,
+    with the implementations it names. Weights that change in place are none: a graph reads them anew.
+    """
+    parts = [
+        backend.backend(),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+    ]
+    configs: dict[int, PreTrainedConfig] = {}
+    for module in model.modules():
+        parts += id(module), module.training, id(type(module).forward)
+        for tensors in (module._parameters, module._buffers):
+            parts += [_plain(tensor) for tensor in tensors.values()]
+        for name, value in vars(module).items():
+            if name not in _OF_EVERY_MODULE:
+                parts.append(_plain(value))
+                if isinstance(value, PreTrainedConfig):
+                    configs[id(value)] = value
+    for config in configs.values():
+        parts.append(_plain(vars(config)))
+    return tuple(parts)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Within it what waits for the device raises: a capture would fail there, and leave torch in disorder."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        waits = func in _WAITING
+        if func is _aten.index.Tensor:
+            waits = _are_masks(args[1])
+        elif func in _WRITES:
+            waits = args[2].numel() > 1 and _are_masks(args[1])  # a single value is filled in
+        elif func is _aten.copy_.default:
+            waits = _moves(args[0].device, args[1].device)
+        elif func is _aten._to_copy.default:
+            waits = _moves(args[0].device, kwargs.get("device") or args[0].device)
+        if waits:
+            raise RuntimeError(f"`{func}` waits for the device")
+        return func(*args, **kwargs)
+
+
+def _are_masks(indices: list[torch.Tensor | None]) -> bool:
+    return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in indices)
+
+
+def _moves(source: torch.device, target: torch.device) -> bool:
+    return (source.type == "cpu") != (target.type == "cpu")
+
+
+def _plain(value):
+    """A value that says whether `value` is still the same; None for what does not matter or can't be told."""
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
+        return value
+    if isinstance(value, torch.Tensor):
+        return _address(value), value.dtype, tuple(value.shape)
+    if isinstance(value, dict) and len(value) <= _MOST_ITEMS:
+        return tuple((str(key), _plain(item)) for key, item in value.items())
+    if isinstance(value, (list, tuple)) and len(value) <= _MOST_ITEMS:
+        return tuple(map(_plain, value))
+    if isinstance(value, (set, frozenset)):
+        return tuple(sorted(map(str, value)))
+    if callable(value):
+        return id(value)  # a forward that somebody has replaced
+    return None
+
+
+def _address(tensor: torch.Tensor) -> int:
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:  # tensors that are made of others
+        return id(tensor)

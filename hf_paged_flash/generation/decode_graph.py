@@ -1,0 +1,257 @@
+"""Decode steps of a model as CUDA graphs: the whole forward is captured once and replayed for every later token.
+
+A graph belongs to a model, a batch size, a number of new tokens a row, and a width of the block tables: these grow by
+powers of two, so that there are few. It reads the step from `StepBuffers` and its inputs from tensors of its own, and
+knows the pools by their addresses. Pools that grow in place keep theirs, and the next cache of the model takes
+them over: so a later call replays what an earlier one has captured. Pools of ordinary tensors move when they grow and
+with each cache; their graphs are captured anew.
+
+All graphs of a model share one memory pool. They run one after another, for one `generate()` at a time.
+"""
+
+import weakref
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from inspect import signature
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from ..cache import PagedCache
+from ..cache.kept_addresses import KeptAddresses
+from ..cache.prepared_forward import static_forward
+from ..cache.step_buffers import StepBuffers
+from .capturable import NoWaiting, fingerprint
+
+MAX_GRAPHS = 64  # of a model; the least recently used goes first
+MIN_WIDTH = 32  # blocks of the narrowest table
+
+Run = Callable[[], ModelOutput]
+
+
+class CudaGraphs:
+    """Captures what runs on one GPU; tests put a recorder in its place."""
+
+    _one_at_a_time = Lock()  # torch captures on one stream
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._memory: tuple | None = None  # of all its graphs
+
+    def capture(self, run: Run) -> tuple[ModelOutput, Callable[[], None]]:
+        """What `run` returned, still without values, and the replay that fills it."""
+        with self._one_at_a_time, torch.cuda.device(self._device):
+            if self._memory is None:
+                self._memory = torch.cuda.graph_pool_handle()
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+            try:
+                # other threads may allocate memory meanwhile
+                with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+                    outputs = run()
+            except BaseException:
+                torch.cuda.set_stream(stream)  # where a capture can't be ended, torch leaves its own in place
+                raise
+        return outputs, graph.replay
+
+
+# by type of device; on others nothing is captured
+CAPTURERS: dict[str, type] = {"cuda": CudaGraphs}
+
+
+class NotCapturable(Exception):
+    """Says why a forward can't be captured, to follow "because"."""
+
+
+class _Graph:
+    """One captured forward, or one that is about to be."""
+
+    def __init__(self, buffers: StepBuffers, tensors: dict[str, torch.Tensor]) -> None:
+        self.buffers = buffers
+        self.tensors = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
+        self.replay: Callable[[], None] | None = None
+        self._outputs: type[ModelOutput] | None = None
+        self._fields: dict[str, torch.Tensor | None] = {}  # None: the cache
+
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            self.tensors[name].copy_(tensor)
+
+    def capture(self, capturer, run: Run, cache: PagedCache) -> None:
+        outputs, replay = capturer.capture(run)
+        self._fields = {name: None if value is cache else value for name, value in outputs.items()}
+        self._outputs, self.replay = type(outputs), replay
+
+    def outputs(self, cache: PagedCache) -> ModelOutput:
+        return self._outputs(**{name: cache if value is None else value for name, value in self._fields.items()})
+
+
+class DecodeGraphs:
+    """The graphs of one model.
+
+    Attributes:
+        addresses: by layer, those that the pools of caches have had.
+        lock: held by the `generate()` that uses them.
+        refusal: why no forward is captured any more, until the model changes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.addresses: dict[int, KeptAddresses] = defaultdict(KeptAddresses)
+        self.lock = Lock()
+        self._fingerprint: tuple | None = None
+        self._widths: dict[tuple, tuple[int, ...]] = {}  # by kind of forward, of the last graph that was used
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._capturer = CAPTURERS[self.device.type](self.device)
+        self._graphs: OrderedDict[tuple, _Graph] = OrderedDict()
+        self._warm: set[tuple] = set()  # forwards that have run, whose kernels are compiled
+        self.refusal: str | None = None
+
+    def lend_addresses(self, cache: PagedCache) -> None:
+        """Lets the pools of `cache` lie where those of the model's last cache lay, if it has none yet."""
+        for group in cache.groups:
+            group.pools.addresses = self.addresses
+
+    def meet(self, model: PreTrainedModel) -> None:
+        """Forgets what was captured if the model is not what it was."""
+        met = fingerprint(model)
+        if met != self._fingerprint:
+            self._begin_anew()
+            self._fingerprint = met
+        self._widths.clear()
+
+    def forward(
+        self,
+        model: PreTrainedModel,
+        cache: PagedCache,
+        inputs: dict[str, Any],
+        finished: np.ndarray | None = None,
+    ) -> ModelOutput:
+        """The outputs of `model(**inputs)`: those of a replay last until the next one.
+
+        Nobody looks at those of rows `finished`, bool (batch,), and nothing is stored for them. The first forward of
+        its kind is run as it is, and is the warm-up; the next one is captured.
+
+        Raises:
+            NotCapturable: the forward has not run, nothing has changed.
+            CacheFullError: as `update()` of the cache.
+        """
+        tensors, constants = _sorted_out(inputs, cache)
+        batch, q_length = inputs["input_ids"].shape
+        kind = batch, q_length, *((name, x.shape, x.dtype) for name, x in tensors.items()), *constants.items()
+        kind = *kind, *((group.block_size, group.pools.dtypes) for group in cache.groups)
+        graph: _Graph | None = None
+
+        def buffers() -> StepBuffers:
+            nonlocal graph
+            graph = self._graph(kind, cache, tensors)
+            return graph.buffers
+
+        with static_forward(cache.groups, q_length, buffers, finished) as step:
+            graph.load(tensors)
+            if graph.replay is None:
+                fixed = inputs | graph.tensors
+                if kind not in self._warm:
+                    return self._first(kind, model, cache, fixed)
+                if "attention_mask" in inputs:
+                    fixed["attention_mask"] = None  # it grows
+                self._capture(graph, cache, lambda: model(**fixed))
+            step.skip_layers()
+            graph.replay()
+        return graph.outputs(cache)
+
+    def _first(self, kind: tuple, model: PreTrainedModel, cache: PagedCache, inputs: dict[str, Any]) -> ModelOutput:
+        """The outputs of a forward that runs in Python: it compiles kernels, and shows what a replay would miss."""
+        if inputs.get("attention_mask") is None and "attention_mask" in signature(model.forward).parameters:
+            # some models look for padding where there is no mask, to warn, though not in a capture
+            ones = torch.ones(kind[0], cache.columns, dtype=torch.long, device=self.device)
+            inputs = inputs | {"attention_mask": ones}
+        with self._refusing(), NoWaiting():
+            outputs = model(**inputs)
+        others = [name for name, value in outputs.items() if value is not cache and name != "logits"]
+        if others:
+            self.refusal = f"it returns `{others[0]}`"
+        elif not cache.groups.prepared.is_complete:
+            self.refusal = "not all layers take part in each of its forwards"
+        elif fingerprint(model) != self._fingerprint:
+            self.refusal = "its forward leaves something behind in its modules"
+        self._warm.add(kind)
+        return outputs
+
+    def _capture(self, graph: _Graph, cache: PagedCache, run: Run) -> None:
+        with self._refusing(), torch.inference_mode(False), torch.no_grad():
+            graph.capture(self._capturer, run, cache)
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """What goes wrong in a forward made for capturing is no error: the model runs as it is from then on."""
+        try:
+            yield
+        except Exception as error:
+            self.refusal = f"of {type(error).__name__}: {error}"
+            raise NotCapturable(self.refusal) from error
+
+    def _graph(self, kind: tuple, cache: PagedCache, tensors: dict[str, torch.Tensor]) -> _Graph:
+        """The graph for a step that has its blocks: one that is there, or a new one to capture."""
+        groups = cache.groups
+        widths = tuple(_bucket(int(group.manager.row_blocks().max(initial=1))) for group in groups)
+        # once the longest rows have ended, their graph serves the others
+        widths = self._widths[kind] = tuple(map(max, widths, self._widths.get(kind, widths)))
+        key = *kind, widths, *(group.pools.addresses_in_use() for group in groups)
+        graph = self._graphs.get(key)
+        if graph is None:
+            with torch.inference_mode(False):
+                buffers = StepBuffers(kind[0], kind[1], widths, self.device)
+                graph = _Graph(buffers, tensors)
+            self._graphs[key] = graph
+            if len(self._graphs) > MAX_GRAPHS:
+                self._graphs.popitem(last=False)
+        self._graphs.move_to_end(key)
+        return graph
+
+
+def _bucket(blocks: int) -> int:
+    return max(MIN_WIDTH, 1 << (blocks - 1).bit_length())
+
+
+def _sorted_out(inputs: dict[str, Any], cache: PagedCache) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors, whose values differ from step to step, and constants. No mask: new tokens are all real."""
+    tensors, constants = {}, {}
+    q_length = inputs["input_ids"].shape[1]
+    for name, value in inputs.items():
+        if value is cache:
+            continue
+        if name == "attention_mask":
+            if value is not None and (not isinstance(value, torch.Tensor) or value.dim() != 2):
+                raise NotCapturable("its attention mask is no 2-D tensor")
+        elif isinstance(value, torch.Tensor):
+            if value.shape[-1] != q_length or value.device != inputs["input_ids"].device:
+                raise NotCapturable(f"it gets `{name}` of shape {tuple(value.shape)} for {q_length} new tokens")
+            tensors[name] = value
+        elif value is None or isinstance(value, (bool, int, float, str)):
+            constants[name] = value
+        else:
+            raise NotCapturable(f"it gets `{name}`, a {type(value).__name__}")
+    return tensors, constants
+
+
+_of_models: "weakref.WeakKeyDictionary[PreTrainedModel, DecodeGraphs]" = weakref.WeakKeyDictionary()
+_lock = Lock()
+
+
+def graphs_of(model: PreTrainedModel) -> DecodeGraphs | None:
+    """The graphs of `model`, which live as long as it does; None where nothing can be captured on its device."""
+    device = model.device
+    if device.type not in CAPTURERS:
+        return None
+    with _lock:
+        graphs = _of_models.get(model)
+        if graphs is None or graphs.device != device:
+            graphs = _of_models[model] = DecodeGraphs(device)
+        return graphs

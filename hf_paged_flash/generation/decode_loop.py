@@ -1,0 +1,216 @@
+"""How the forwards of a decode loop reach the graphs of their model."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
+from transformers.utils import ModelOutput, logging
+
+from .. import backend
+from ..cache import PagedCache
+from ..cache.length_floor import LengthFloor
+from ..cache.linear_states import states_of
+from ..ops.flash_attn import MAX_DECODE_QUERIES
+from .capturable import obstacle
+from .decode_graph import DecodeGraphs, NotCapturable, graphs_of
+
+LISTENING = 8  # steps after which the host asks anew which rows have finished
+
+logger = logging.get_logger(__name__)
+_here = threading.local()  # `loop`: the outermost one of this thread; assistants' loops run within it
+
+
+class _InLoop:
+    """A model as its decode loop sees it: all of it, but calling it asks the loop. Other threads see no difference."""
+
+    def __init__(self, model: PreTrainedModel, call) -> None:
+        vars(self).update(_model=model, _call=call)
+
+    @property
+    def __class__(self) -> type:
+        return type(self._model)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._model, name, value)
+
+    def __call__(self, *args, **inputs) -> ModelOutput:
+        return self._call(*args, **inputs)
+
+
+@contextmanager
+def decode_loop(
+    model: PreTrainedModel,
+    cache: object,
+    generation_config: GenerationConfig,
+    stopping_criteria: StoppingCriteriaList,
+    *,
+    synced_gpus: bool = False,
+    begins_with_prefill: bool = False,
+    keeps_logits: bool = False,
+    pads_finished_rows: bool = False,
+) -> Iterator[tuple[PreTrainedModel, StoppingCriteriaList]]:
+    """Within it a loop calls the model that it yields, with a token or a few more of each row at a time.
+
+    Args:
+        cache: what the loop passes to the model.
+        stopping_criteria: of which the loop uses those that are yielded.
+        begins_with_prefill: the first call is none of these.
+        keeps_logits: the loop goes on using what a call returned after the next one.
+        pads_finished_rows: where a criterion has an end of sequence, the loop does not look at what the model says of
+            rows that one has stopped.
+    """
+    graphs = graphs_of(model) if backend.graphs() else None
+    if graphs is None or not isinstance(cache, PagedCache):
+        if graphs is not None and model.config.is_encoder_decoder:
+            _say("it is an encoder-decoder model")
+        yield model, stopping_criteria
+        return
+    if generation_config.disable_compile or synced_gpus:
+        _say("`disable_compile` is set" if generation_config.disable_compile else "`synced_gpus` is set")
+        yield model, stopping_criteria
+        return
+    graphs.lend_addresses(cache)
+    outer = getattr(_here, "loop", None)
+    loop = _Loop(model, cache, generation_config, graphs, begins_with_prefill, keeps_logits, outer)
+    _here.loop = outer or loop
+    if pads_finished_rows and not _is_returned(cache, generation_config):
+        if any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria):
+            stopping_criteria = _Watched(stopping_criteria, loop.finished)
+    try:
+        yield _InLoop(model, loop.forward), stopping_criteria
+    finally:
+        _here.loop = outer
+        loop.close()
+
+
+def _is_returned(cache: PagedCache, generation_config: GenerationConfig) -> bool:
+    """Whether anybody finds the cache after the loop, or what it made of rows that had finished."""
+    given = getattr(cache, "_is_user_defined", False) or generation_config.is_assistant
+    return bool(given or generation_config.return_dict_in_generate)
+
+
+class _Watched(StoppingCriteriaList):
+    """Stopping criteria that tell which rows have finished."""
+
+    def __init__(self, criteria: StoppingCriteriaList, finished: "_FinishedRows") -> None:
+        super().__init__(criteria)
+        self._finished = finished
+
+    def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
+        is_done = super().__call__(input_ids, scores, **kwargs)
+        self._finished.note(is_done)
+        return is_done
+
+
+class _FinishedRows:
+    """Rows that some criterion has stopped, as far as the host has heard without waiting for the device."""
+
+    def __init__(self) -> None:
+        self._on_device: torch.Tensor | None = None
+        self._heard = LengthFloor()
+        self._emptied: np.ndarray | None = None
+        self._steps = 0
+
+    def note(self, is_done: torch.Tensor) -> None:
+        if self._on_device is None:
+            self._on_device = is_done.int()
+            self._heard.restart(np.zeros(len(is_done), np.int64))
+        else:
+            self._on_device = self._on_device | is_done
+        self._steps += 1
+        if self._steps % LISTENING == 0:
+            self._heard.refresh(self._on_device)
+
+    def empty(self, cache: PagedCache) -> np.ndarray | None:
+        """The rows, bool (batch,), once `cache` has given back what they hold; None for none."""
+        if not self._heard.lengths.any():
+            return None
+        rows = self._heard.lengths > 0
+        if self._emptied is None or (rows & ~self._emptied).any():
+            cache.groups.empty_rows(rows)
+            self._emptied = rows
+        return rows
+
+
+def _say(reason: str) -> None:
+    logger.warning_once(f"generate() runs the decode steps of this model without CUDA graphs, because {reason}")
+
+
+class _Loop:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: PagedCache,
+        generation_config: GenerationConfig,
+        graphs: DecodeGraphs,
+        begins_with_prefill: bool,
+        keeps_logits: bool,
+        outer: "_Loop | None",
+    ) -> None:
+        self._model, self._cache, self._config, self._graphs = model, cache, generation_config, graphs
+        self._is_prefill = begins_with_prefill
+        self._keeps_logits = keeps_logits
+        self._is_open: bool | None = None  # None: not yet known
+        self.finished = _FinishedRows()
+        self._outer = outer
+        self._assistants: set[DecodeGraphs] = set()  # whose models have been looked at
+
+    def close(self) -> None:
+        if self._is_open:
+            try:
+                self._cache.groups.own_tensors()  # a graph's are written to by the next generate()
+            finally:
+                self._graphs.lock.release()
+
+    def forward(self, *args, **inputs) -> ModelOutput:
+        is_prefill, self._is_prefill = self._is_prefill, False
+        if is_prefill or args or not self._takes(inputs):
+            return self._model(*args, **inputs)
+        try:
+            outputs = self._graphs.forward(self._model, self._cache, inputs, self.finished.empty(self._cache))
+        except NotCapturable as error:
+            _say(str(error))
+            return self._model(**inputs)
+        if self._graphs.refusal is not None:
+            _say(self._graphs.refusal)
+        if self._keeps_logits:
+            outputs.logits = outputs.logits.clone()
+        return outputs
+
+    def _takes(self, inputs: dict[str, Any]) -> bool:
+        ids = inputs.get("input_ids")
+        is_step = isinstance(ids, torch.Tensor) and ids.dim() == 2 and ids.shape[1] <= MAX_DECODE_QUERIES
+        if not is_step or not self._cache.columns or ids.shape[0] != self._cache.batch_size:
+            return False
+        if not any(value is self._cache for value in inputs.values()):
+            return False
+        if self._is_open is None:
+            self._open()
+        return self._is_open and self._graphs.refusal is None
+
+    def _open(self) -> None:
+        """Settles whether graphs are used: at the first step, when the model is as it is in all of them."""
+        is_known = self._outer is not None and self._graphs in self._outer._assistants
+        reason = None if is_known else self._obstacle()
+        if reason is None and not self._graphs.lock.acquire(blocking=False):
+            reason = "another generate() uses its graphs"
+        self._is_open = reason is None
+        if reason is not None:
+            _say(reason)
+        elif not is_known:
+            self._graphs.meet(self._model)
+            # an assistant's loop begins anew with each draft; one that is the model itself, cut short, changes
+            if self._outer is not None and self._outer._model is not self._model:
+                self._outer._assistants.add(self._graphs)
+
+    def _obstacle(self) -> str | None:
+        if states_of(self._cache.layers):
+            return "layers with linear attention or a convolution keep a state elsewhere in each cache"
+        return obstacle(self._model, self._config)

@@ -1,0 +1,50 @@
+"""The decode loops of `generate()` replay their steps on a PagedCache as CUDA graphs, once these are switched on.
+
+Why: each loop calls the model itself, some through `get_compiled_call`, which hands out the same function for a chunk
+of the prompt as for a token, and others directly. Only around a loop is it known that what comes is a token of every
+row, and when there is no more. The loop gets a stand-in for the model; nothing is set on the model, so that other
+threads may use it meanwhile.
+"""
+
+from transformers.generation.utils import GenerationMixin
+
+from hf_paged_flash.patches.base import Patch, cache_name
+
+_CHECKED = ("5.17.0", "5.23.0", "5.24.0")
+
+
+def _in_decode_loop(**traits):
+    def decode(
+        original, self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, **kwargs
+    ):
+        from hf_paged_flash.generation.decode_loop import decode_loop
+
+        cache = kwargs.get(cache_name(kwargs))
+        options = traits | {"synced_gpus": synced_gpus}
+        with decode_loop(self, cache, generation_config, stopping_criteria, **options) as (model, criteria):
+            return original(model, input_ids, logits_processor, criteria, generation_config, synced_gpus, **kwargs)
+
+    return decode
+
+
+_PARAMETERS = (
+    "self", "input_ids", "logits_processor", "stopping_criteria", "generation_config", "synced_gpus",
+)  # fmt: skip
+_ASSISTED = ("streamer", "inputs_tensor", "assistant_model", "assistant_tokenizer", "tokenizer")
+
+DECODE_LOOPS = tuple(
+    Patch(
+        owner=lambda: GenerationMixin,
+        name=name,
+        parameters=(*_PARAMETERS, *more, "model_kwargs"),
+        wrapper=_in_decode_loop(**traits),
+        reason="decode steps are replayed as CUDA graphs",
+        checked=_CHECKED,
+    )
+    for name, more, traits in (
+        ("_sample", ("streamer",), {"pads_finished_rows": True}),
+        ("_beam_search", (), {}),
+        # it prefills by itself, and keeps views of the logits as scores
+        ("_assisted_decoding", _ASSISTED, {"begins_with_prefill": True, "keeps_logits": True}),
+    )
+)
