@@ -8,6 +8,7 @@ position are all that has to be mended, and no public hook lies between them and
 import torch
 from transformers.generation.utils import GenerationMixin
 
+from hf_paged_flash.errors import ArgumentError
 from hf_paged_flash.patches.base import Patch, cache_name
 
 
@@ -19,6 +20,7 @@ def _prefill(original, self, input_ids, generation_config, model_kwargs, *args, 
     cache, mask = model_kwargs.get(cache_name(model_kwargs)), model_kwargs.get("attention_mask")
     if not isinstance(cache, PagedCache) or mask is None or mask.dim() != 2:
         return original(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
+    _check_fits(input_ids, mask, model_kwargs)
     new = mask[:, cache.get_seq_length() :].cpu().bool()  # waits for the device, this once
     if bool(new[:, -1:].all()):
         return original(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
@@ -42,6 +44,15 @@ def _prefill(original, self, input_ids, generation_config, model_kwargs, *args, 
         rows = torch.arange(len(last), device=outputs.logits.device)
         outputs.logits = outputs.logits[rows, index.to(rows.device)][:, None]
     return outputs
+
+
+def _check_fits(input_ids: torch.Tensor, mask: torch.Tensor, model_kwargs: dict) -> None:
+    """Raises ArgumentError where a mask is not of these rows, which the model would only find in the middle."""
+    if model_kwargs.get("inputs_embeds") is None and input_ids.dim() == 2:
+        # fewer rows than ids: codebooks of one row; more columns: the new turn alone
+        if mask.shape[0] > input_ids.shape[0] or mask.shape[1] < input_ids.shape[1]:
+            expected, got = tuple(input_ids.shape), tuple(mask.shape)
+            raise ArgumentError(f"`attention_mask` must have the shape of `input_ids`, {expected}, got {got}")
 
 
 PREFILL_LOGITS = Patch(

@@ -92,7 +92,7 @@ def decode_loop(
 
 def _is_returned(cache: PagedCache, generation_config: GenerationConfig) -> bool:
     """Whether anybody finds the cache after the loop, or what it made of rows that had finished."""
-    given = getattr(cache, "_is_user_defined", False) or generation_config.is_assistant
+    given = getattr(cache, "_is_user_defined", False) or generation_config.is_assistant or cache.prefixes is not None
     return bool(given or generation_config.return_dict_in_generate)
 
 

@@ -12,7 +12,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import DeferredStopCheck
 
-from hf_paged_flash import CacheFullError, PagedCache
+from hf_paged_flash import CacheFullError, PagedCache, disable_prefix_caching, enable_prefix_caching
 from hf_paged_flash.cache import elastic_memory
 from hf_paged_flash.generation import decode_graph
 from hf_paged_flash.patches import deferred_stops
@@ -317,6 +317,21 @@ class TestFinishedRows:
         columns = cache.get_seq_length()
         assert cache.memory().tokens == sum(LENGTHS) + len(LENGTHS) * (columns - max(LENGTHS))
         assert watched == sorted(watched)
+
+    def test_not_where_answers_are_kept_for_later_prompts(self, llama, recorders, elastic, watched):
+        cache = enable_prefix_caching(llama.paged)
+        try:
+            input_ids, mask = ragged_batch(LENGTHS)
+            new_tokens(llama.paged, input_ids, mask, max_new_tokens=40, eos_token_id=self._end(llama))
+            assert watched == sorted(watched)
+            # what a row that ended early went on with is known, in whole blocks
+            answer = unpadded_runs(llama.eager, LENGTHS, 40)[0, :8]
+            prompt = torch.cat([input_ids[0, mask[0].bool()], answer])[None, :33]
+            new_tokens(llama.paged, prompt, None, max_new_tokens=1)
+            assert cache.memory().prefix_tokens_hit == 32 > LENGTHS[0] // 16 * 16
+        finally:
+            disable_prefix_caching(llama.paged)
+            del cache
 
     def test_sampled(self, llama, recorders, elastic, watched):
         """The rows that go on draw the same numbers."""

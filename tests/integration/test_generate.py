@@ -12,7 +12,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import DynamicCache, PreTrainedTokenizerFast, TextIteratorStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from hf_paged_flash import PagedCache, UnsupportedFeatureError, counters
+from hf_paged_flash import ArgumentError, PagedCache, UnsupportedFeatureError, counters
 from tests.integration.models import LENGTHS, NEW_TOKENS, Pair, held, new_tokens, unpadded_runs
 from tests.tiny_models import VOCAB_SIZE, ragged_batch
 
@@ -67,6 +67,12 @@ def test_right_padding_equals_the_unpadded_rows(pair):
     assert torch.equal(new_tokens(pair.paged, input_ids, mask), expected)
     # eager goes on from the padding
     assert not torch.equal(new_tokens(pair.eager, input_ids, mask), expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 7), (1, 5)])
+def test_a_mask_of_another_shape_is_refused(load, shape):
+    with pytest.raises(ArgumentError, match=r"`attention_mask` must have the shape of `input_ids`, \(1, 7\), got"):
+        new_tokens(load("llama").paged, torch.arange(5, 12)[None], torch.ones(shape, dtype=torch.long))
 
 
 def test_a_right_padded_prompt_is_refused_where_tokens_are_tried(load):
