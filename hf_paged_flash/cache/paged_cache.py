@@ -7,33 +7,20 @@ from os import PathLike
 import numpy as np
 import torch
 from transformers import PreTrainedConfig
-from transformers.cache_utils import (
-    DYNAMIC_LAYER_TYPE_MAPPING,
-    Cache,
-    LinearAttentionLayer,
-    get_layer_types_and_kwargs,
-)
+from transformers.cache_utils import Cache
 
-from ..errors import ArgumentError, PagedFlashError, UnsupportedFeatureError
+from ..errors import ArgumentError, PagedFlashError
 from . import saved_cache
-from .cache_memory import CacheMemory, bytes_of, check_cap, memory_of
-from .linear_states import PagedHybridLayer, check_crop_states, crop_states, reset_states, select_states
+from .cache_memory import CacheMemory, bytes_of, memory_of
+from .linear_states import check_crop_states, crop_states, reset_states, select_states
+from .model_layers import make_layers
 from .page_group import PageGroup
 from .page_groups import PageGroups
-from .page_store import PageStore
 from .paged_layer import PagedLayer
 from .prefixes import Prefixes
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-# {layer type: whether its `sliding_window` bounds what a query sees}; "hybrid" layers have another state beside
-_PAGED_LAYER_TYPES = {
-    "full_attention": False,
-    "sliding_attention": True,
-    "chunked_attention": False,  # a chunk's tokens reach back as far as its first one
-    "hybrid": False,
-    "hybrid_sliding": True,
-}
 
 
 class PagedCache(Cache):
@@ -91,48 +78,13 @@ class PagedCache(Cache):
         max_memory = bytes_of(max_memory, "max_memory", "None for no cap")
         kept_memory = None if type(prefix_caching) is bool else prefix_caching
         kept_memory = bytes_of(kept_memory, "prefix_caching", "True or False")
-        decoder = config.get_text_config(decoder=True)
-        layer_types, layer_kwargs = get_layer_types_and_kwargs(decoder)
-        if isinstance(layer_kwargs, dict):  # one for all layers before transformers 5.18, then one a layer
-            layer_kwargs = [layer_kwargs] * len(layer_types)
-        windows = [
-            kwargs.get("sliding_window") if _PAGED_LAYER_TYPES.get(kind) else None
-            for kind, kwargs in zip(layer_types, layer_kwargs, strict=True)
-        ]
-        is_paged = [kind in _PAGED_LAYER_TYPES for kind in layer_types]
-        check_cap(max_memory, decoder, sum(is_paged), block_size, dtype)
-        used = [window for window, paged in zip(windows, is_paged, strict=True) if paged]
-        by_window = {
-            window: PageGroup(PageStore(block_size, used.count(window), num_blocks, max_memory), window)
-            for window in dict.fromkeys(used)
-        }
-        self.groups = PageGroups(list(by_window.values()), max_memory)
+        self.groups, layers = make_layers(config, block_size, num_blocks, max_memory, dtype)
         self.config, self.dtype = config, dtype
         self.prefixes: Prefixes | None = None
         self.prefix_root: Hashable = None  # of the rows that a `generate()` call has begun, in the index of prefixes
-        layers = []
-        for idx, (kind, kwargs) in enumerate(zip(layer_types, layer_kwargs, strict=True)):
-            if is_paged[idx]:
-                options = {"is_sliding": kind not in ("full_attention", "hybrid"), "dtype": dtype}
-                if kind.startswith("hybrid"):
-                    options["number_of_states"] = kwargs.get("number_of_states", 1)
-                layer_class = PagedHybridLayer if kind.startswith("hybrid") else PagedLayer
-                layers.append(layer_class(idx, by_window[windows[idx]], self.groups, **options))
-            elif kind == "dummy" or DYNAMIC_LAYER_TYPE_MAPPING.get(kind) is LinearAttentionLayer:
-                layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs))  # a dummy reads another layer's keys
-            else:
-                raise UnsupportedFeatureError(
-                    f"layer {idx} of {type(config).__name__} is of type `{kind}`, whose state PagedCache can't page: "
-                    "use `past_key_values=DynamicCache(config=model.config)`, which works under paged_flash too"
-                )
-        if not any(is_paged):
-            raise UnsupportedFeatureError(
-                f"no layer of {type(config).__name__} has keys and values, PagedCache has nothing to page: use "
-                "`DynamicCache(config=model.config)`"
-            )
         super().__init__(layers=layers)
         if prefix_caching not in (False, None):
-            self.prefixes = Prefixes(self.groups, decoder, layer_types)
+            self.prefixes = Prefixes(self.groups, config)
             self.group.store.keep_prefixes(kept_memory)
 
     @property

@@ -5,6 +5,7 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 from transformers import PreTrainedConfig
+from transformers.cache_utils import get_layer_types_and_kwargs
 
 from ..errors import UnsupportedFeatureError
 from .page_groups import PageGroups
@@ -23,8 +24,8 @@ class Prefixes:
         weights: of the model that computed what is known, and the state each was in; others make other keys.
     """
 
-    def __init__(self, groups: PageGroups, config: PreTrainedConfig, layer_types: Sequence[str]) -> None:
-        reason = _why_not(groups, config, layer_types)
+    def __init__(self, groups: PageGroups, config: PreTrainedConfig) -> None:
+        reason = _why_not(groups, config.get_text_config(decoder=True))
         if reason is not None:
             raise UnsupportedFeatureError(
                 f"`prefix_caching` needs a model whose layers all keep the keys of all tokens, and {reason} in "
@@ -71,9 +72,10 @@ class Prefixes:
             blocks.keep(root, full, manager.table[row, : len(full)])
 
 
-def _why_not(groups: PageGroups, config: PreTrainedConfig, layer_types: Sequence[str]) -> str | None:
+def _why_not(groups: PageGroups, config: PreTrainedConfig) -> str | None:
     if any(group.window is not None for group in groups):
         return "there are layers with a sliding window"
+    layer_types, _ = get_layer_types_and_kwargs(config)
     others = [kind for kind in layer_types if kind not in ("full_attention", "chunked_attention", "dummy")]
     if others:
         return f"there are layers of type `{others[0]}`"
