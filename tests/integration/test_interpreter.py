@@ -38,9 +38,8 @@ def test_generate_through_the_kernels(pair, pad, options):
     tokens = new_tokens(pair.paged, input_ids, mask, past_key_values=cache, max_new_tokens=4, **options)
     assert torch.equal(tokens, expected)
     ran = counters()
-    layers, prefills, decode_steps = 2, 1, 3
-    if options:  # the second chunk is one column, which is a decode step
-        decode_steps += 1
+    layers, decode_steps = 2, 3
+    prefills = 2 if options else 1  # packed, and so is the second chunk, of one column
     assert ran.kernel == {
         "store_kv": layers * (prefills + decode_steps),
         "flash_forward": layers * prefills,
