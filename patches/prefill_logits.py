@@ -18,9 +18,10 @@ def _prefill(original, self, input_ids, generation_config, model_kwargs, *args, 
     from hf_paged_flash.generation.packed_prefill import check_new_tokens
 
     cache, mask = model_kwargs.get(cache_name(model_kwargs)), model_kwargs.get("attention_mask")
+    if isinstance(cache, PagedCache):
+        _check_fits(input_ids, model_kwargs)
     if not isinstance(cache, PagedCache) or mask is None or mask.dim() != 2:
         return original(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
-    _check_fits(input_ids, mask, model_kwargs)
     new = mask[:, cache.get_seq_length() :].cpu().bool()  # waits for the device, this once
     if bool(new[:, -1:].all()):
         return original(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
@@ -46,13 +47,19 @@ def _prefill(original, self, input_ids, generation_config, model_kwargs, *args, 
     return outputs
 
 
-def _check_fits(input_ids: torch.Tensor, mask: torch.Tensor, model_kwargs: dict) -> None:
-    """Raises ArgumentError where a mask is not of these rows, which the model would only find in the middle."""
-    if model_kwargs.get("inputs_embeds") is None and input_ids.dim() == 2:
-        # fewer rows than ids: codebooks of one row; more columns: the new turn alone
-        if mask.shape[0] > input_ids.shape[0] or mask.shape[1] < input_ids.shape[1]:
-            expected, got = tuple(input_ids.shape), tuple(mask.shape)
-            raise ArgumentError(f"`attention_mask` must have the shape of `input_ids`, {expected}, got {got}")
+def _check_fits(input_ids: torch.Tensor, model_kwargs: dict) -> None:
+    """Raises ArgumentError where a mask is not of these rows, which the model would only find in the middle.
+
+    transformers 5.24 leaves out a mask of ones, once it has counted positions by it.
+    """
+    mask, position_ids = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
+    told = mask if mask is not None else position_ids
+    if told is None or told.dim() != 2 or input_ids.dim() != 2 or model_kwargs.get("inputs_embeds") is not None:
+        return
+    # fewer rows than ids: codebooks of one row; more columns: the new turn alone
+    if told.shape[0] > input_ids.shape[0] or told.shape[1] < input_ids.shape[1]:
+        name, expected = "attention_mask" if mask is not None else "position_ids", tuple(input_ids.shape)
+        raise ArgumentError(f"`{name}` must have the shape of `input_ids`, {expected}, got {tuple(told.shape)}")
 
 
 PREFILL_LOGITS = Patch(

@@ -71,7 +71,7 @@ def test_right_padding_equals_the_unpadded_rows(pair):
 
 @pytest.mark.parametrize("shape", [(2, 7), (1, 5)])
 def test_a_mask_of_another_shape_is_refused(load, shape):
-    with pytest.raises(ArgumentError, match=r"`attention_mask` must have the shape of `input_ids`, \(1, 7\), got"):
+    with pytest.raises(ArgumentError, match=r"must have the shape of `input_ids`, \(1, 7\), got"):
         new_tokens(load("llama").paged, torch.arange(5, 12)[None], torch.ones(shape, dtype=torch.long))
 
 
