@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 BackendName = Literal["auto", "triton", "reference"]
+CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 CountKind = Literal["kernel", "reference", "dense_gather"]
 
 
@@ -72,28 +73,42 @@ def _checked_flag(value: str, argument: str) -> bool:
 
 _backend: BackendName = _checked(os.environ.get("HF_PAGED_FLASH_BACKEND") or "auto", "HF_PAGED_FLASH_BACKEND")
 _graphs = _checked_flag(os.environ.get("HF_PAGED_FLASH_GRAPHS", ""), "HF_PAGED_FLASH_GRAPHS")
+_compile_mode: CompileMode | None = None
 _lock = threading.Lock()
 _counts: dict[CountKind, Counter[str]] = {kind: Counter() for kind in get_args(CountKind)}
 
 
-def configure(*, backend: BackendName | None = None, graphs: bool | None = None) -> None:
+def configure(
+    *,
+    backend: BackendName | None = None,
+    graphs: bool | None = None,
+    compile: CompileMode | Literal[False] | None = None,
+) -> None:
     """Set what holds for the whole process; None leaves it as it is.
 
     Args:
         backend: "auto", "triton" or "reference".
         graphs: whether `generate()` replays a decode step on CUDA as one graph, where it can; see
             `hf_paged_flash.generation`. Off until somebody switches it on, and without effect on other devices.
+        compile: the mode of torch.compile in which these steps are compiled, "default" or
+            "max-autotune-no-cudagraphs" for instance; False, as in the beginning, for as they are. A call's
+            `generation_config.compile_config` comes before it.
 
     Raises:
-        ArgumentError: `backend` or `graphs` is none of these; nothing has changed.
+        ArgumentError: something is none of these; nothing has changed.
     """
-    global _backend, _graphs
+    global _backend, _graphs, _compile_mode
     if graphs is not None and not isinstance(graphs, bool):
         raise ArgumentError(f"`graphs` must be True, False or None, got {graphs!r}")
+    if compile is not None and compile is not False and compile not in get_args(CompileMode):
+        allowed = ", ".join(repr(choice) for choice in get_args(CompileMode))
+        raise ArgumentError(f"`compile` must be one of {allowed}, False or None, got {compile!r}")
     if backend is not None:
         _backend = _checked(backend, "backend")
     if graphs is not None:
         _graphs = graphs
+    if compile is not None:
+        _compile_mode = compile or None
 
 
 def backend() -> BackendName:
@@ -104,6 +119,11 @@ def backend() -> BackendName:
 def graphs() -> bool:
     """Whether decode graphs are switched on."""
     return _graphs
+
+
+def compile_mode() -> CompileMode | None:
+    """The mode in which decode steps are compiled; None for as they are."""
+    return _compile_mode
 
 
 def use_kernels(tensor: torch.Tensor) -> bool:

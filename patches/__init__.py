@@ -5,7 +5,7 @@ was written for before it touches anything, and puts the original back on `undo(
 """
 
 from hf_paged_flash.patches.base import Patch
-from hf_paged_flash.patches.decode_loops import DECODE_LOOPS
+from hf_paged_flash.patches.decode_loops import COMPILE_CRITERIA, DECODE_LOOPS
 from hf_paged_flash.patches.default_cache import DEFAULT_CACHE
 from hf_paged_flash.patches.deferred_stops import DEFERRED_STOPS
 from hf_paged_flash.patches.encoder_decoder_cache import ENCODER_DECODER_CACHE
@@ -33,6 +33,7 @@ ALL_PATCHES: tuple[Patch, ...] = (
     *SHARED_PROMPT,  # before the next, which then sees the rows that are decoded
     PREFILL_LOGITS,
     *DECODE_LOOPS,
+    COMPILE_CRITERIA,
     DEFERRED_STOPS,
     GENERATE_BATCH,
     *MASK_FUNCTIONS,

@@ -27,6 +27,15 @@ def _in_decode_loop(**traits):
     return decode
 
 
+def _compiled_by_the_loop(original, self, model_kwargs, generation_config):
+    from hf_paged_flash.cache import PagedCache
+    from hf_paged_flash.generation.decode_graph import graphs_of
+
+    # no warning that `compile_config` is passed over: the decode loop follows it, or raises
+    is_ours = isinstance(model_kwargs.get(cache_name(model_kwargs)), PagedCache) and graphs_of(self) is not None
+    return False if is_ours else original(self, model_kwargs, generation_config)
+
+
 _PARAMETERS = (
     "self", "input_ids", "logits_processor", "stopping_criteria", "generation_config", "synced_gpus",
 )  # fmt: skip
@@ -47,4 +56,12 @@ DECODE_LOOPS = tuple(
         # it prefills by itself, and keeps views of the logits as scores
         ("_assisted_decoding", _ASSISTED, {"begins_with_prefill": True, "keeps_logits": True}),
     )
+)
+COMPILE_CRITERIA = Patch(
+    owner=lambda: GenerationMixin,
+    name="_valid_auto_compile_criteria",
+    parameters=("self", "model_kwargs", "generation_config"),
+    wrapper=_compiled_by_the_loop,
+    reason="decode steps on a PagedCache are compiled within their graphs",
+    checked=_CHECKED,
 )

@@ -1,6 +1,7 @@
 """The block pools of a group's layers: one cap for all of them, and growth that all take part in."""
 
 from bisect import bisect_right
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -79,6 +80,9 @@ class LayerPools:
         if self._bytes_cap is not None:
             caps.append(self._bytes_cap)
         return min(caps, default=None)
+
+    def __iter__(self) -> Iterator[BlockPool]:
+        return iter(self._pools.values())
 
     def get(self, layer_idx: int) -> BlockPool | None:
         return self._pools.get(layer_idx)

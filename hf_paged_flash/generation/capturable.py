@@ -27,6 +27,10 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _MOST_ITEMS = 64
 
 
+class NotCapturable(Exception):
+    """Says why a forward can't be captured, to follow "because"."""
+
+
 def obstacle(model: PreTrainedModel, generation_config) -> str | None:
     """Why the forwards of `model` can't be captured, to follow "because"; None where nothing is known to hinder it."""
     if model.config.is_encoder_decoder:

@@ -26,7 +26,8 @@ from ..cache import PagedCache
 from ..cache.kept_addresses import KeptAddresses
 from ..cache.prepared_forward import static_forward
 from ..cache.step_buffers import StepBuffers
-from .capturable import NoWaiting, fingerprint
+from .capturable import NotCapturable, NoWaiting, fingerprint
+from .compiled_forward import CompiledForward, CompileSettings
 
 MAX_GRAPHS = 64  # of a model; the least recently used goes first
 MIN_WIDTH = 32  # blocks of the narrowest table
@@ -43,8 +44,8 @@ class CudaGraphs:
         self._device = device
         self._memory: tuple | None = None  # of all its graphs
 
-    def capture(self, run: Run) -> tuple[ModelOutput, Callable[[], None]]:
-        """What `run` returned, still without values, and the replay that fills it."""
+    def capture(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        """What `run` returned, tensors still without values, and the replay that fills these."""
         with self._one_at_a_time, torch.cuda.device(self._device):
             if self._memory is None:
                 self._memory = torch.cuda.graph_pool_handle()
@@ -61,10 +62,6 @@ class CudaGraphs:
 
 # by type of device; on others nothing is captured
 CAPTURERS: dict[str, type] = {"cuda": CudaGraphs}
-
-
-class NotCapturable(Exception):
-    """Says why a forward can't be captured, to follow "because"."""
 
 
 class _Graph:
@@ -111,6 +108,7 @@ class DecodeGraphs:
         self._capturer = CAPTURERS[self.device.type](self.device)
         self._graphs: OrderedDict[tuple, _Graph] = OrderedDict()
         self._warm: set[tuple] = set()  # forwards that have run, whose kernels are compiled
+        self._compiled: dict[tuple, CompiledForward] = {}  # by kind of forward
         self.refusal: str | None = None
 
     def lend_addresses(self, cache: PagedCache) -> None:
@@ -132,11 +130,12 @@ class DecodeGraphs:
         cache: PagedCache,
         inputs: dict[str, Any],
         finished: np.ndarray | None = None,
+        settings: CompileSettings | None = None,
     ) -> ModelOutput:
         """The outputs of `model(**inputs)`: those of a replay last until the next one.
 
         Nobody looks at those of rows `finished`, bool (batch,), and nothing is stored for them. The first forward of
-        its kind is run as it is, and is the warm-up; the next one is captured.
+        its kind is run as it is, and is the warm-up; the next one is captured, compiled where there are `settings`.
 
         Raises:
             NotCapturable: the forward has not run, nothing has changed.
@@ -145,7 +144,7 @@ class DecodeGraphs:
         tensors, constants = _sorted_out(inputs, cache)
         batch, q_length = inputs["input_ids"].shape
         kind = batch, q_length, *((name, x.shape, x.dtype) for name, x in tensors.items()), *constants.items()
-        kind = *kind, *((group.block_size, group.pools.dtypes) for group in cache.groups)
+        kind = *kind, *((group.block_size, group.pools.dtypes) for group in cache.groups), settings
         graph: _Graph | None = None
 
         def buffers() -> StepBuffers:
@@ -161,7 +160,7 @@ class DecodeGraphs:
                     return self._first(kind, model, cache, fixed)
                 if "attention_mask" in inputs:
                     fixed["attention_mask"] = None  # it grows
-                self._capture(graph, cache, lambda: model(**fixed))
+                self._capture(graph, cache, kind, settings, model, fixed)
             step.skip_layers()
             graph.replay()
         return graph.outputs(cache)
@@ -184,8 +183,26 @@ class DecodeGraphs:
         self._warm.add(kind)
         return outputs
 
-    def _capture(self, graph: _Graph, cache: PagedCache, run: Run) -> None:
+    def _capture(
+        self,
+        graph: _Graph,
+        cache: PagedCache,
+        kind: tuple,
+        settings: CompileSettings | None,
+        model: PreTrainedModel,
+        inputs: dict[str, Any],
+    ) -> None:
+        def run() -> ModelOutput:
+            return model(**inputs)
+
         with self._refusing(), torch.inference_mode(False), torch.no_grad():
+            if settings is not None:
+                if kind not in self._compiled:
+                    self._compiled[kind] = CompiledForward(
+                        settings, model, cache, graph.buffers, graph.tensors, run, self._capturer.capture
+                    )
+                run = self._compiled[kind].over(cache, graph.buffers, graph.tensors)
+                run()  # what is compiled at its first call, and tuned, is not captured
             graph.capture(self._capturer, run, cache)
 
     @contextmanager
@@ -194,7 +211,8 @@ class DecodeGraphs:
         try:
             yield
         except Exception as error:
-            self.refusal = f"of {type(error).__name__}: {error}"
+            known = isinstance(error, NotCapturable)
+            self.refusal = str(error) if known else f"of {type(error).__name__}: {error}"
             raise NotCapturable(self.refusal) from error
 
     def _graph(self, kind: tuple, cache: PagedCache, tensors: dict[str, torch.Tensor]) -> _Graph:

@@ -7,16 +7,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
+from transformers import CompileConfig, GenerationConfig, PreTrainedModel, StoppingCriteriaList
 from transformers.utils import ModelOutput, logging
 
 from .. import backend
 from ..cache import PagedCache
 from ..cache.length_floor import LengthFloor
 from ..cache.linear_states import states_of
+from ..errors import UnsupportedFeatureError
 from ..ops.flash_attn import MAX_DECODE_QUERIES
-from .capturable import obstacle
-from .decode_graph import DecodeGraphs, NotCapturable, graphs_of
+from .capturable import NotCapturable, obstacle
+from .compiled_forward import CompileSettings
+from .decode_graph import DecodeGraphs, graphs_of
 
 LISTENING = 8  # steps after which the host asks anew which rows have finished
 
@@ -66,14 +68,11 @@ def decode_loop(
         pads_finished_rows: where a criterion has an end of sequence, the loop does not look at what the model says of
             rows that one has stopped.
     """
-    graphs = graphs_of(model) if backend.graphs() else None
-    if graphs is None or not isinstance(cache, PagedCache):
-        if graphs is not None and model.config.is_encoder_decoder:
-            _say("it is an encoder-decoder model")
-        yield model, stopping_criteria
-        return
-    if generation_config.disable_compile or synced_gpus:
-        _say("`disable_compile` is set" if generation_config.disable_compile else "`synced_gpus` is set")
+    graphs = graphs_of(model) if _is_paged(cache) else None
+    reason = None if graphs is None else _hindrance(model, cache, generation_config, synced_gpus)
+    if reason is not None and (backend.graphs() or generation_config.compile_config is not None):
+        _tell(reason, generation_config)
+    if graphs is None or reason is not None:
         yield model, stopping_criteria
         return
     graphs.lend_addresses(cache)
@@ -88,6 +87,22 @@ def decode_loop(
     finally:
         _here.loop = outer
         loop.close()
+
+
+def _is_paged(cache: object) -> bool:
+    return isinstance(getattr(cache, "self_attention_cache", cache), PagedCache)
+
+
+def _hindrance(
+    model: PreTrainedModel, cache: object, generation_config: GenerationConfig, synced_gpus: bool
+) -> str | None:
+    if not backend.graphs():
+        return "`hf_paged_flash.configure(graphs=False)` has switched them off"
+    if not isinstance(cache, PagedCache):
+        return "it is an encoder-decoder model"
+    if generation_config.disable_compile:
+        return "`disable_compile` is set"
+    return "`synced_gpus` is set" if synced_gpus else None
 
 
 def _is_returned(cache: PagedCache, generation_config: GenerationConfig) -> bool:
@@ -139,8 +154,25 @@ class _FinishedRows:
         return rows
 
 
+def _tell(reason: str, generation_config: GenerationConfig) -> None:
+    """Says why decode steps run without graphs; raises where somebody asked by name for what needs them."""
+    if generation_config.compile_config is None or generation_config.disable_compile:
+        return _say(reason)
+    raise UnsupportedFeatureError(
+        "`compile_config` compiles decode steps that are captured as CUDA graphs, and those of this model are not, "
+        f"because {reason}: leave `compile_config` out, or call the model with a StaticCache"
+    )
+
+
 def _say(reason: str) -> None:
     logger.warning_once(f"generate() runs the decode steps of this model without CUDA graphs, because {reason}")
+
+
+def _settings_of(generation_config: GenerationConfig) -> CompileSettings | None:
+    config = generation_config.compile_config
+    if config is None and backend.compile_mode() is not None:
+        config = CompileConfig(mode=backend.compile_mode())
+    return None if config is None else CompileSettings.of(config)
 
 
 class _Loop:
@@ -157,6 +189,7 @@ class _Loop:
         self._model, self._cache, self._config, self._graphs = model, cache, generation_config, graphs
         self._is_prefill = begins_with_prefill
         self._keeps_logits = keeps_logits
+        self._settings = _settings_of(generation_config)
         self._is_open: bool | None = None  # None: not yet known
         self.finished = _FinishedRows()
         self._outer = outer
@@ -174,12 +207,13 @@ class _Loop:
         if is_prefill or args or not self._takes(inputs):
             return self._model(*args, **inputs)
         try:
-            outputs = self._graphs.forward(self._model, self._cache, inputs, self.finished.empty(self._cache))
+            finished = self.finished.empty(self._cache)
+            outputs = self._graphs.forward(self._model, self._cache, inputs, finished, self._settings)
         except NotCapturable as error:
-            _say(str(error))
+            _tell(str(error), self._config)
             return self._model(**inputs)
         if self._graphs.refusal is not None:
-            _say(self._graphs.refusal)
+            _tell(self._graphs.refusal, self._config)
         if self._keeps_logits:
             outputs.logits = outputs.logits.clone()
         return outputs
@@ -203,7 +237,7 @@ class _Loop:
             reason = "another generate() uses its graphs"
         self._is_open = reason is None
         if reason is not None:
-            _say(reason)
+            _tell(reason, self._config)
         elif not is_known:
             self._graphs.meet(self._model)
             # an assistant's loop begins anew with each draft; one that is the model itself, cut short, changes
