@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from transformers import CompileConfig
 from transformers.generation.streamers import BaseStreamer
 
 from hf_paged_flash import PagedCache, backend, counters, reset_counters
@@ -16,6 +17,7 @@ from tests.tiny_models import MODEL_TYPES, ragged_batch, tiny_config, tiny_model
 pytestmark = pytest.mark.gpu
 
 DEVICE = "cuda"
+WIDE = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 128}  # layers wide enough for pages
 _EXPERTS = {"num_experts_per_tok": 4, "experts_implementation": "batched_mm"}
 MODELS = tuple(name for name in MODEL_TYPES if name not in DENSE)
 
@@ -47,14 +49,14 @@ def graphs(monkeypatch):
 
 
 def _model(model_type: str, attn_implementation: str, **changes):
+    """In fp32."""
     config = attentive_config(model_type, **(_EXPERTS if model_type == "gpt_oss" else {}), **changes)
     return tiny_model(config, attn_implementation).to(DEVICE)
 
 
 def _wide(**changes):
-    """A tiny Llama whose layers are wide enough for pages, so that its pools grow in place."""
-    sizes = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 128}
-    return tiny_model(tiny_config("llama", **sizes, **changes), "paged_flash").to(DEVICE)
+    """A tiny Llama whose pools grow in place."""
+    return tiny_model(tiny_config("llama", **WIDE, **changes), "paged_flash").to(DEVICE)
 
 
 def _batch(lengths=LENGTHS, pad="left", **options):
@@ -132,13 +134,8 @@ def test_replays_never_wait_for_the_device(model_type, graphs, monkeypatch):
         return outputs
 
     monkeypatch.setattr(decode_graph.DecodeGraphs, "forward", forward)
-    cache_options = {"num_blocks": 40}  # room from the start: a pool that is copied is captured anew
-    model = _model(model_type, "paged_flash")
-    for _ in range(2):
-        cache = PagedCache(model.config, **cache_options)
-        cache_tokens = new_tokens(model, *_batch(), past_key_values=cache)
-        assert cache_tokens.shape[1] == NEW_TOKENS
-        break
+    model = _model(model_type, "paged_flash", **WIDE)  # a pool that is copied would be captured anew
+    assert new_tokens(model, *_batch(), past_key_values=PagedCache(model.config)).shape[1] == NEW_TOKENS
     assert len(checked) >= NEW_TOKENS - 4
 
 
@@ -183,3 +180,13 @@ def test_a_model_that_goes_frees_its_graphs():
     del model
     gc.collect()
     assert not decode_graph._of_models
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt_oss"])
+def test_compiled_steps(model_type, graphs):
+    eager, paged = (_model(model_type, name) for name in ("eager", "paged_flash"))
+    expected = new_tokens(eager, *_batch())
+    for mode in ("default", "max-autotune-no-cudagraphs")[: 2 if model_type == "llama" else 1]:
+        tokens = new_tokens(paged, *_batch(), compile_config=CompileConfig(mode=mode))
+        assert torch.equal(tokens, expected)
+    assert graphs.replayed >= NEW_TOKENS - 2
