@@ -81,7 +81,7 @@ class CompiledForward:
     Args:
         inputs: tensors that differ from step to step, by name.
         run: the forward over `cache`, whose step is planned in `buffers`.
-        capture: calls what it gets as if it were to be captured: models look at less then, as in the graph to come.
+        rehearse: calls what it gets as in a capture: models look at less then, as they will in the graph to come.
 
     Raises:
         NotCapturable: it does more with its cache than store and attend.
@@ -95,7 +95,7 @@ class CompiledForward:
         buffers: StepBuffers,
         inputs: dict[str, torch.Tensor],
         run: Callable[[], ModelOutput],
-        capture: Callable[[Callable], tuple],
+        rehearse: Callable[[Callable], Any],
     ) -> None:
         lasting = [*model.parameters(), *model.buffers()]
         self._lasting = list({id(tensor): tensor for tensor in lasting}.values())
@@ -110,7 +110,7 @@ class CompiledForward:
             return [result[name] for name in self._fields]
 
         tensors = *self._lasting, *inputs.values(), *of_cache.values()
-        traced, _ = capture(lambda: make_fx(forward)(*tensors))
+        traced = rehearse(lambda: make_fx(forward)(*tensors))
         first = len(self._lasting) + len(inputs)
         self._calls = _take_out(traced, dict(zip(_placeholders(traced)[first:], of_cache, strict=True)))
         self._compiled = settings.compile(traced)

@@ -44,20 +44,30 @@ class CudaGraphs:
         self._device = device
         self._memory: tuple | None = None  # of all its graphs
 
-    def capture(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-        """What `run` returned, tensors still without values, and the replay that fills these."""
-        with self._one_at_a_time, torch.cuda.device(self._device):
+    def capture(self, run: Run) -> tuple[ModelOutput, Callable[[], None]]:
+        """What `run` returned, still without values, and the replay that fills it."""
+        with self._one_at_a_time:
             if self._memory is None:
                 self._memory = torch.cuda.graph_pool_handle()
+            outputs, graph = self._capture(run, self._memory)
+        return outputs, graph.replay
+
+    def rehearse(self, run: Callable[[], Any]) -> Any:
+        """What `run` returned in a capture of which nothing is kept."""
+        with self._one_at_a_time:
+            return self._capture(run, None)[0]  # memory of its own: that of others must not end with it
+
+    def _capture(self, run: Callable[[], Any], memory: tuple | None) -> tuple[Any, torch.cuda.CUDAGraph]:
+        with torch.cuda.device(self._device):
             graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
             try:
                 # other threads may allocate memory meanwhile
-                with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+                with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
                     outputs = run()
             except BaseException:
                 torch.cuda.set_stream(stream)  # where a capture can't be ended, torch leaves its own in place
                 raise
-        return outputs, graph.replay
+        return outputs, graph
 
 
 # by type of device; on others nothing is captured
@@ -199,7 +209,7 @@ class DecodeGraphs:
             if settings is not None:
                 if kind not in self._compiled:
                     self._compiled[kind] = CompiledForward(
-                        settings, model, cache, graph.buffers, graph.tensors, run, self._capturer.capture
+                        settings, model, cache, graph.buffers, graph.tensors, run, self._capturer.rehearse
                     )
                 run = self._compiled[kind].over(cache, graph.buffers, graph.tensors)
                 run()  # what is compiled at its first call, and tuned, is not captured

@@ -126,11 +126,18 @@ class Recorders:
         if isinstance(run, partial) and isinstance(run.func.__self__, CompiledForward):
             return self._compiled(run)
         recorder = Recorder(Recorders.elastic)
+        outputs = self._recorded(recorder, run)
+        return outputs, lambda: self._replay(recorder)
+
+    def rehearse(self, run: Callable):
+        return self._recorded(Recorder(Recorders.elastic), run)
+
+    def _recorded(self, recorder: Recorder, run: Callable):
         # transformers asks, and leaves out checks that would wait
         with recorder, mock.patch("torch.cuda.is_current_stream_capturing", return_value=True):
             outputs = run()
         recorder.poison()
-        return outputs, lambda: self._replay(recorder)
+        return outputs
 
     def _compiled(self, run: partial) -> tuple[ModelOutput, Callable[[], None]]:
         """Compiled code calls few operators, and no Python of the model's: a replay is one more run."""
