@@ -47,8 +47,8 @@ class ForwardStep:
     Attributes:
         start, end: columns before and after this forward.
         batch: rows.
-        slot_mapping: int64 (batch * (end - start),), block * block_size + offset of each new token, -1 for padding;
-            when packed int64 (new tokens,).
+        slot_mapping: int64 (batch * length,), block * block_size + offset of each new token, -1 for padding; when
+            packed int64 (new tokens,).
         block_table: int32 (batch, max_blocks), -1 where a row has no block.
         cache_seqlens: int32 (batch,), tokens of each row with this forward's.
         max_seqlen_k: no row has more tokens, int.
@@ -80,7 +80,8 @@ class ForwardStep:
     @property
     def size(self) -> tuple[int, int]:
         """(batch, length) of the forward's own keys."""
-        return (1, self.slot_mapping.shape[0]) if self.is_packed else (self.batch, self.end - self.start)
+        tokens = self.slot_mapping.shape[0]
+        return (1, tokens) if self.is_packed else (self.batch, tokens // self.batch)
 
     def to(self, device: torch.device) -> "ForwardStep":
         """This step with its tensors on `device`; copied once a device, for models spread over several."""

@@ -165,7 +165,13 @@ class PageGroup(StoredRows):
         self.step = step
 
     def begin_static(
-        self, slot_mapping: torch.Tensor, block_table: torch.Tensor, cache_seqlens: torch.Tensor, end: int
+        self,
+        slot_mapping: torch.Tensor,
+        block_table: torch.Tensor,
+        cache_seqlens: torch.Tensor,
+        q_length: int,
+        end: int,
+        mask: torch.Tensor | None,
     ) -> None:
         """As `begin`, over tensors at addresses that stay, which hold the step already, see `StepBuffers`."""
         self.step = ForwardStep(
@@ -176,12 +182,14 @@ class PageGroup(StoredRows):
             block_table=block_table,
             cache_seqlens=cache_seqlens,
             max_seqlen_k=block_table.shape[1] * self.block_size,
-            max_seqlen_q=end - self.columns,
+            max_seqlen_q=q_length,
             num_blocks=self.manager.num_blocks,
             knows_mask=True,
             has_past=True,
         )
         self.columns, self._cache_seqlens = end, cache_seqlens
+        if mask is not None:
+            self._mask, self.has_padding = mask, True
         self._block_table = None  # the next step's changes alone would not do
         self._dropped.clear()
 

@@ -98,17 +98,25 @@ class PageGroups(list[PageGroup]):
         self._take(new, keeps, packed.mask, packed.real.shape[1], device, knows_mask=True)
 
     @torch.inference_mode(False)
-    def begin_static(self, counts: np.ndarray, q_length: int, buffers: Callable[[], StepBuffers]) -> None:
-        """`begin` for `counts[b]` more tokens in row b, `q_length` or none, see `static_forward`."""
+    def begin_static(
+        self,
+        counts: np.ndarray,
+        q_length: int,
+        buffers: Callable[[], StepBuffers],
+        packed: PackedTokens | None = None,
+    ) -> None:
+        """`begin` for `counts[b]` more tokens in row b, of `q_length` columns, see `static_forward`."""
         self.sync_lengths()
         self._floor.restart(self[0].manager.lengths)
-        new = NewTokens(None, counts, self._floor.lengths, None, None, None)
+        sharing = None if packed is None else packed.sharing
+        new = NewTokens(None, counts, self._floor.lengths, None, None, None, sharing=sharing)
         keeps = [group.keeps_to_window for group in self]
+        mask, end = (None, self.columns + q_length) if packed is None else (packed.mask, packed.real.shape[1])
         with self._taking(new, keeps, growth=1):  # each growth costs what was captured
-            static, end = buffers(), self.columns + q_length
+            static = buffers()
             static.write(self, counts)
             for group, *tensors in zip(self, static.slot_mapping, static.block_table, strict=True):
-                group.begin_static(*tensors, static.cache_seqlens, end)
+                group.begin_static(*tensors, static.cache_seqlens, q_length, end, mask)
 
     def empty_rows(self, rows: np.ndarray) -> None:
         """Gives back what `rows`, bool (batch,), hold; they stay, and nobody may ask for what they held."""

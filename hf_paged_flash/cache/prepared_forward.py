@@ -135,6 +135,16 @@ def packed_forward(groups: "PageGroups", attention_mask: torch.Tensor) -> Iterat
     Raises:
         ArgumentError: a mask that does not continue the stored one. What the model raises within takes all back.
     """
+    packed = new_tokens(groups, attention_mask)
+    groups.sharing = None
+    with _under_way(PreparedForward(groups, groups.columns, packed)):
+        yield packed
+    for group in groups:  # what is read from now on are rows, not what was packed
+        group.end_packed()
+
+
+def new_tokens(groups: "PageGroups", attention_mask: torch.Tensor) -> PackedTokens:
+    """The tokens of `attention_mask` (batch, columns) that are not stored yet; see `packed_forward`."""
     attention_mask = attention_mask.bool()
     batch, columns = attention_mask.shape
     groups.sync_lengths()
@@ -143,19 +153,19 @@ def packed_forward(groups: "PageGroups", attention_mask: torch.Tensor) -> Iterat
         raise ArgumentError(f"`attention_mask` must have more than the {groups.columns} stored columns, got {columns}")
     if groups.columns:
         groups[0].check_history(attention_mask[:, : groups.columns].cpu())
-    stored, sharing, groups.sharing = groups[0].manager.lengths, groups.sharing, None
+    stored, sharing = groups[0].manager.lengths, groups.sharing
     if sharing is not None:
         stored = np.maximum(stored, sharing[1] * groups[0].block_size)
-    packed = PackedTokens.of(attention_mask, stored, sharing)
-    with _under_way(PreparedForward(groups, groups.columns, packed)):
-        yield packed
-    for group in groups:  # what is read from now on are rows, not what was packed
-        group.end_packed()
+    return PackedTokens.of(attention_mask, stored, sharing)
 
 
 @contextmanager
 def static_forward(
-    groups: "PageGroups", q_length: int, buffers: Callable[[], StepBuffers], finished: np.ndarray | None = None
+    groups: "PageGroups",
+    q_length: int,
+    buffers: Callable[[], StepBuffers],
+    finished: np.ndarray | None = None,
+    packed: PackedTokens | None = None,
 ) -> Iterator[PreparedForward]:
     """Plans a forward of `q_length` columns, tokens of their rows all, within which the model is called with them.
 
@@ -163,12 +173,16 @@ def static_forward(
     their blocks, and knows then how wide tables must be and where pools lie. Windows give back what the last forward
     said. Rows `finished`, bool (batch,), compute their columns and store none.
 
+    With `packed` tokens the columns are these, the last ones of each row, behind padding: afterwards the cache is as
+    after their packed forward.
+
     Raises:
         CacheFullError: no room; the cache is as it was.
     """
     prepared = PreparedForward(groups, groups.columns, is_planned=True)
-    counts = np.full(groups.batch, q_length, np.int64)
-    groups.begin_static(counts if finished is None else np.where(finished, 0, counts), q_length, buffers)
+    counts = np.full(groups.batch, q_length, np.int64) if packed is None else packed.counts
+    counts = counts if finished is None else np.where(finished, 0, counts)
+    groups.begin_static(counts, q_length, buffers, packed)
     with _under_way(prepared):
         yield prepared
 

@@ -45,12 +45,15 @@ class StepBuffers:
         self.block_table = on_device[groups + 1 :]
 
     def write(self, groups: Sequence["PageGroup"], counts: np.ndarray) -> None:
-        """Writes the step of `groups` whose rows have got room for `counts[b]` new tokens, the last ones they hold."""
+        """Writes the step of `groups` whose rows have got room for `counts[b]` new tokens, the last ones they hold.
+
+        They are the last of the row's columns; those before are padding.
+        """
         lengths = groups[0].manager.lengths
         self._lengths[:] = lengths
         q_length = len(self._slots[0]) // len(lengths)
-        positions = (lengths - counts)[:, None] + np.arange(q_length)
-        positions[counts == 0] = -1  # nothing of these rows is stored
+        positions = lengths[:, None] + np.arange(-q_length, 0)
+        positions[positions < (lengths - counts)[:, None]] = -1
         for group, slots, table in zip(groups, self._slots, self._tables, strict=True):
             slots[:] = group.slots(positions).reshape(-1)
             used = min(group.manager.table.shape[1], table.shape[1])

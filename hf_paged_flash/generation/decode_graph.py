@@ -24,13 +24,16 @@ from transformers.utils import ModelOutput
 
 from ..cache import PagedCache
 from ..cache.kept_addresses import KeptAddresses
-from ..cache.prepared_forward import static_forward
+from ..cache.prepared_forward import PackedTokens, static_forward
 from ..cache.step_buffers import StepBuffers
 from .capturable import NotCapturable, NoWaiting, fingerprint
 from .compiled_forward import CompiledForward, CompileSettings
 
 MAX_GRAPHS = 64  # of a model; the least recently used goes first
 MIN_WIDTH = 32  # blocks of the narrowest table
+
+STEP, PROMPT = "step", "prompt"
+NO_LAYERS = "no cache of its was seen before"
 
 Run = Callable[[], ModelOutput]
 
@@ -103,7 +106,8 @@ class DecodeGraphs:
     Attributes:
         addresses: by layer, those that the pools of caches have had.
         lock: held by the `generate()` that uses them.
-        refusal: why no forward is captured any more, until the model changes.
+        refusals: why no forward of a kind is captured any more, until the model changes; kinds are `STEP`, of a token
+            or a few a row, and `PROMPT`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -119,7 +123,8 @@ class DecodeGraphs:
         self._graphs: OrderedDict[tuple, _Graph] = OrderedDict()
         self._warm: set[tuple] = set()  # forwards that have run, whose kernels are compiled
         self._compiled: dict[tuple, CompiledForward] = {}  # by kind of forward
-        self.refusal: str | None = None
+        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # no keys and values, in their shapes
+        self.refusals: dict[str, str] = {}
 
     def lend_addresses(self, cache: PagedCache) -> None:
         """Lets the pools of `cache` lie where those of the model's last cache lay, if it has none yet."""
@@ -141,11 +146,13 @@ class DecodeGraphs:
         inputs: dict[str, Any],
         finished: np.ndarray | None = None,
         settings: CompileSettings | None = None,
+        packed: PackedTokens | None = None,
     ) -> ModelOutput:
         """The outputs of `model(**inputs)`: those of a replay last until the next one.
 
         Nobody looks at those of rows `finished`, bool (batch,), and nothing is stored for them. The first forward of
         its kind is run as it is, and is the warm-up; the next one is captured, compiled where there are `settings`.
+        `packed`: the tokens of a prompt, which `inputs` hold as the last ones of rows that begin with anything.
 
         Raises:
             NotCapturable: the forward has not run, nothing has changed.
@@ -153,8 +160,9 @@ class DecodeGraphs:
         """
         tensors, constants = _sorted_out(inputs, cache)
         batch, q_length = inputs["input_ids"].shape
-        kind = batch, q_length, *((name, x.shape, x.dtype) for name, x in tensors.items()), *constants.items()
-        kind = *kind, *((group.block_size, group.pools.dtypes) for group in cache.groups), settings
+        self._prepare(cache, packed)
+        kind = packed is None, batch, q_length, *((name, x.shape, x.dtype) for name, x in tensors.items())
+        kind = *kind, *constants.items(), *((group.block_size, group.pools.dtypes) for group in cache.groups), settings
         graph: _Graph | None = None
 
         def buffers() -> StepBuffers:
@@ -162,7 +170,7 @@ class DecodeGraphs:
             graph = self._graph(kind, cache, tensors)
             return graph.buffers
 
-        with static_forward(cache.groups, q_length, buffers, finished) as step:
+        with static_forward(cache.groups, q_length, buffers, finished, packed) as step:
             graph.load(tensors)
             if graph.replay is None:
                 fixed = inputs | graph.tensors
@@ -175,22 +183,41 @@ class DecodeGraphs:
             graph.replay()
         return graph.outputs(cache)
 
+    def _prepare(self, cache: PagedCache, packed: PackedTokens | None) -> None:
+        """Gives layers that nothing was stored in their pools, as they were in caches before: a replay gives none."""
+        if packed is None or all(layer.is_initialized for layer in cache.layers):
+            return
+        if not self._layers:
+            raise NotCapturable(NO_LAYERS)
+        for layer in cache.layers:
+            if not layer.is_initialized and layer.layer_idx in self._layers:
+                layer.lazy_initialization(*self._layers[layer.layer_idx])
+
     def _first(self, kind: tuple, model: PreTrainedModel, cache: PagedCache, inputs: dict[str, Any]) -> ModelOutput:
         """The outputs of a forward that runs in Python: it compiles kernels, and shows what a replay would miss."""
         if inputs.get("attention_mask") is None and "attention_mask" in signature(model.forward).parameters:
             # some models look for padding where there is no mask, to warn, though not in a capture
-            ones = torch.ones(kind[0], cache.columns, dtype=torch.long, device=self.device)
+            ones = torch.ones(kind[1], cache.columns, dtype=torch.long, device=self.device)
             inputs = inputs | {"attention_mask": ones}
-        with self._refusing(), NoWaiting():
+        with self._refusing(kind), NoWaiting():
             outputs = model(**inputs)
         others = [name for name, value in outputs.items() if value is not cache and name != "logits"]
+        reason = None
         if others:
-            self.refusal = f"it returns `{others[0]}`"
+            reason = f"it returns `{others[0]}`"
         elif not cache.groups.prepared.is_complete:
-            self.refusal = "not all layers take part in each of its forwards"
+            reason = "not all layers take part in each of its forwards"
         elif fingerprint(model) != self._fingerprint:
-            self.refusal = "its forward leaves something behind in its modules"
+            reason = "its forward leaves something behind in its modules"
+        if reason is not None:
+            self.refusals[_name_of(kind)] = reason
         self._warm.add(kind)
+        self._layers = {
+            layer.layer_idx: tuple(x.new_empty((1, x.shape[2], 0, x.shape[3]), dtype=layer.dtype) for x in
+                                   (layer.pool.key, layer.pool.value))
+            for layer in cache.layers
+            if layer.is_initialized
+        }  # fmt: skip
         return outputs
 
     def _capture(
@@ -205,7 +232,7 @@ class DecodeGraphs:
         def run() -> ModelOutput:
             return model(**inputs)
 
-        with self._refusing(), torch.inference_mode(False), torch.no_grad():
+        with self._refusing(kind), torch.inference_mode(False), torch.no_grad():
             if settings is not None:
                 if kind not in self._compiled:
                     self._compiled[kind] = CompiledForward(
@@ -216,14 +243,14 @@ class DecodeGraphs:
             graph.capture(self._capturer, run, cache)
 
     @contextmanager
-    def _refusing(self) -> Iterator[None]:
+    def _refusing(self, kind: tuple) -> Iterator[None]:
         """What goes wrong in a forward made for capturing is no error: the model runs as it is from then on."""
         try:
             yield
         except Exception as error:
             known = isinstance(error, NotCapturable)
-            self.refusal = str(error) if known else f"of {type(error).__name__}: {error}"
-            raise NotCapturable(self.refusal) from error
+            reason = self.refusals[_name_of(kind)] = str(error) if known else f"of {type(error).__name__}: {error}"
+            raise NotCapturable(reason) from error
 
     def _graph(self, kind: tuple, cache: PagedCache, tensors: dict[str, torch.Tensor]) -> _Graph:
         """The graph for a step that has its blocks: one that is there, or a new one to capture."""
@@ -235,13 +262,17 @@ class DecodeGraphs:
         graph = self._graphs.get(key)
         if graph is None:
             with torch.inference_mode(False):
-                buffers = StepBuffers(kind[0], kind[1], widths, self.device)
+                buffers = StepBuffers(*kind[1:3], widths, self.device)
                 graph = _Graph(buffers, tensors)
             self._graphs[key] = graph
             if len(self._graphs) > MAX_GRAPHS:
                 self._graphs.popitem(last=False)
         self._graphs.move_to_end(key)
         return graph
+
+
+def _name_of(kind: tuple) -> str:
+    return STEP if kind[0] else PROMPT
 
 
 def _bucket(blocks: int) -> int:

@@ -14,16 +14,18 @@ from .. import backend
 from ..cache import PagedCache
 from ..cache.length_floor import LengthFloor
 from ..cache.linear_states import states_of
+from ..cache.prepared_forward import new_tokens
 from ..errors import UnsupportedFeatureError
 from ..ops.flash_attn import MAX_DECODE_QUERIES
 from .capturable import NotCapturable, obstacle
 from .compiled_forward import CompileSettings
-from .decode_graph import DecodeGraphs, graphs_of
+from .decode_graph import PROMPT, STEP, DecodeGraphs, graphs_of
+from .short_prompt import last_columns, length_of
 
 LISTENING = 8  # steps after which the host asks anew which rows have finished
 
 logger = logging.get_logger(__name__)
-_here = threading.local()  # `loop`: the outermost one of this thread; assistants' loops run within it
+_here = threading.local()  # `loop`: the outermost one of this thread, `innermost`: an assistant's, perhaps
 
 
 class _InLoop:
@@ -78,15 +80,22 @@ def decode_loop(
     graphs.lend_addresses(cache)
     outer = getattr(_here, "loop", None)
     loop = _Loop(model, cache, generation_config, graphs, begins_with_prefill, keeps_logits, outer)
-    _here.loop = outer or loop
+    around = getattr(_here, "innermost", None)
+    _here.loop, _here.innermost = outer or loop, loop
     if pads_finished_rows and not _is_returned(cache, generation_config):
         if any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria):
             stopping_criteria = _Watched(stopping_criteria, loop.finished)
     try:
         yield _InLoop(model, loop.forward), stopping_criteria
     finally:
-        _here.loop = outer
+        _here.loop, _here.innermost = outer, around
         loop.close()
+
+
+def loop_of(model: PreTrainedModel, cache: object) -> "_Loop | None":
+    """The loop in which `model` prefills `cache` in this thread, if its forwards may be replayed."""
+    loop = getattr(_here, "innermost", None)
+    return loop if loop is not None and loop.is_of(model, cache) else None
 
 
 def _is_paged(cache: object) -> bool:
@@ -212,8 +221,8 @@ class _Loop:
         except NotCapturable as error:
             _tell(str(error), self._config)
             return self._model(**inputs)
-        if self._graphs.refusal is not None:
-            _tell(self._graphs.refusal, self._config)
+        if (reason := self._graphs.refusals.get(STEP)) is not None:
+            _tell(reason, self._config)
         if self._keeps_logits:
             outputs.logits = outputs.logits.clone()
         return outputs
@@ -225,12 +234,43 @@ class _Loop:
             return False
         if not any(value is self._cache for value in inputs.values()):
             return False
+        return self._opens() and STEP not in self._graphs.refusals
+
+    def prefill(self, inputs: dict[str, Any], mask: torch.Tensor) -> ModelOutput | None:
+        """The outputs of a short prompt, with logits (B, 1, V) of each row's last token; None where they are not here.
+
+        Args:
+            inputs: the model's, with the new columns of all rows.
+            mask: bool (B, columns) on the host, all columns so far.
+
+        Raises:
+            CacheFullError: as `update()` of the cache.
+        """
+        tokens = new_tokens(self._cache.groups, mask)
+        length = length_of(tokens.counts)
+        if length is None or PROMPT in self._graphs.refusals or not self._opens():
+            return None
+        try:
+            outputs = self._graphs.forward(
+                self._model, self._cache, last_columns(inputs, tokens, self._cache.columns, length), packed=tokens
+            )
+        except NotCapturable as error:
+            logger.debug(f"a prompt of {type(self._model).__name__} is not replayed, because {error}")
+            return None
+        self._cache.groups.own_tensors()
+        outputs.logits = outputs.logits[:, -1:].clone()
+        return outputs
+
+    def is_of(self, model: PreTrainedModel, cache: object) -> bool:
+        return self._model is model and self._cache is cache
+
+    def _opens(self) -> bool:
+        """Whether graphs are used: settled once, when the model is as it is in all forwards."""
         if self._is_open is None:
             self._open()
-        return self._is_open and self._graphs.refusal is None
+        return self._is_open
 
     def _open(self) -> None:
-        """Settles whether graphs are used: at the first step, when the model is as it is in all of them."""
         is_known = self._outer is not None and self._graphs in self._outer._assistants
         reason = None if is_known else self._obstacle()
         if reason is None and not self._graphs.lock.acquire(blocking=False):

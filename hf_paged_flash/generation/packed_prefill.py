@@ -15,7 +15,9 @@ from ..cache import PagedCache
 from ..cache.forward_step import to_device
 from ..cache.prepared_forward import PackedTokens, packed_forward
 from ..errors import ArgumentError
+from .decode_loop import loop_of
 from .packable import why_not_these, why_padded
+from .short_prompt import LENGTHS
 
 
 def packed_prefill(
@@ -28,7 +30,8 @@ def packed_prefill(
 ) -> ModelOutput | None:
     """What `_prefill` returns, with logits (B, 1, V) of each row's last token; None where rows keep their padding.
 
-    They do where there is none and nothing is ragged, and where `why_padded` or `why_not_these` knows a reason.
+    They do where there is none and nothing is ragged, and where `why_padded` or `why_not_these` knows a reason. Short
+    prompts, padded or not, are replayed as a graph within a decode loop that captures its steps.
     Waits for the device once, to read the mask.
 
     Raises:
@@ -37,14 +40,21 @@ def packed_prefill(
     attention_mask = model_kwargs.get("attention_mask")
     if input_ids.dim() != 2 or (attention_mask is not None and attention_mask.dim() != 2):
         return None
-    columns = cache.get_seq_length()
+    columns, chunk_size = cache.get_seq_length(), generation_config.prefill_chunk_size
     is_ragged = not columns and (cache.group.holds_tokens or cache.groups.sharing is not None)  # known prefixes
-    if (attention_mask is None and not is_ragged) or why_padded(model, cache, generation_config, model_kwargs):
+    loop = loop_of(model, cache) if chunk_size is None else None
+    all_columns = (input_ids if attention_mask is None else attention_mask).shape[1]
+    if not is_ragged and all_columns - columns > LENGTHS[-1]:
+        loop = None  # some row is too long
+    if (attention_mask is None and not is_ragged and loop is None) or why_padded(
+        model, cache, generation_config, model_kwargs
+    ):
         return None
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     mask = mask.bool().cpu()
     new = mask[:, columns:]
-    if not new.shape[1] or (new.all() and not is_ragged):
+    is_padded = is_ragged or not new.all()
+    if not new.shape[1] or not (is_padded or loop):
         return None
     # all of them, or those that were passed without the ones before
     length = new.shape[1] if input_ids.shape[1] == mask.shape[1] else None
@@ -54,7 +64,10 @@ def packed_prefill(
     if why_not_these(inputs, cache) or inputs["input_ids"].shape != new.shape:
         return None
     check_new_tokens(new)
-    return _run(model, inputs, cache, mask, generation_config.prefill_chunk_size)
+    outputs = None if loop is None else loop.prefill(inputs, mask)
+    if outputs is not None or not is_padded:
+        return outputs
+    return _run(model, inputs, cache, mask, chunk_size)
 
 
 def check_new_tokens(new: torch.Tensor) -> None:

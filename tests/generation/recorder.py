@@ -28,7 +28,7 @@ _WAITING = {
     _aten.nonzero.default,
     _aten._unique2.default,
 }
-_POOLED = ("k_cache", "v_cache")
+_POOLED = {"store_kv": ("k_cache", "v_cache"), "paged_decode": ("k_cache", "v_cache"), "flash_forward": ("k", "v")}
 
 
 class Recorder(TorchDispatchMode):
@@ -88,9 +88,10 @@ def _is_view(func) -> bool:
 
 
 def _by_address(func, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    pooled = _POOLED.get(func._schema.name.partition("::")[2], ())
     names = [argument.name for argument in func._schema.arguments]
-    args = tuple(_raw(x) if name in _POOLED else x for name, x in zip(names, args, strict=False))
-    return args, {name: _raw(x) if name in _POOLED else x for name, x in kwargs.items()}
+    args = tuple(_raw(x) if name in pooled else x for name, x in zip(names, args, strict=False))
+    return args, {name: _raw(x) if name in pooled else x for name, x in kwargs.items()}
 
 
 def _raw(pool: torch.Tensor) -> torch.Tensor:
