@@ -112,7 +112,11 @@ class PageGroups(list[PageGroup]):
         new = NewTokens(None, counts, self._floor.lengths, None, None, None, sharing=sharing)
         keeps = [group.keeps_to_window for group in self]
         mask, end = (None, self.columns + q_length) if packed is None else (packed.mask, packed.real.shape[1])
-        with self._taking(new, keeps, growth=1):  # each growth costs what was captured
+        # padding before a row's tokens sees further back than these
+        gives_back = keeps if packed is None else [False] * len(self)
+        with self._taking(new, gives_back, growth=1):  # each growth costs what was captured
+            for group, keeps_to_window in zip(self, keeps, strict=True):
+                group.keeps_to_window = keeps_to_window
             static = buffers()
             static.write(self, counts)
             for group, *tensors in zip(self, static.slot_mapping, static.block_table, strict=True):

@@ -74,7 +74,7 @@ class PagedLayer(CacheLayerMixin):
 
     def _reread(self, kind: str) -> torch.Tensor | None:
         # cross-attention reads its keys here after the first step, in whatever order the rows are by now
-        if self._step is not None and self.columns == self.group.columns:
+        if self.is_initialized and self.columns == self.group.columns > 0:
             self._step = self.group.current_step(self.device)
         return self._handle(kind, None) if self._step is not None else None
 

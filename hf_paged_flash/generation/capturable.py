@@ -51,20 +51,28 @@ def obstacle(model: PreTrainedModel, generation_config) -> str | None:
 
 
 def _obstacle_in(model: PreTrainedModel) -> str | None:
-    devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) > 1:
-        return f"its weights are on {len(devices)} devices"
-    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
-        return "its weights are spread over several processes"
     torch_module = torch.nn.modules.module
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return "there are hooks on the forwards of all modules"
-    for name, module in model.named_modules():
-        if hasattr(module, "_hf_hook"):
-            return f"accelerate runs the forward of `{name or type(module).__name__}`, to move tensors between devices"
-        for kind in _HOOKS:
-            if any(hook.__module__ not in _INERT_HOOKS for hook in getattr(module, kind).values()):
-                return f"`{name or type(module).__name__}` has a forward hook, which a graph would not run"
+    devices, hooked = set(), None
+    for name, module in model.named_modules():  # once: in large models it takes milliseconds
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                devices.add(parameter.device)
+                if hasattr(parameter, "device_mesh"):
+                    return "its weights are spread over several processes"
+        hooked = hooked or _hook_on(name or type(module).__name__, module)
+    return f"its weights are on {len(devices)} devices" if len(devices) > 1 else hooked
+
+
+def _hook_on(name: str, module: nn.Module) -> str | None:
+    if hasattr(module, "_hf_hook"):
+        return f"accelerate runs the forward of `{name}`, to move tensors between devices"
+    if not (module._forward_pre_hooks or module._forward_hooks):
+        return None
+    for kind in _HOOKS:
+        if any(hook.__module__ not in _INERT_HOOKS for hook in getattr(module, kind).values()):
+            return f"`{name}` has a forward hook, which a graph would not run"
     return None
 
 

@@ -24,6 +24,7 @@ from transformers.utils import ModelOutput
 
 from ..cache import PagedCache
 from ..cache.kept_addresses import KeptAddresses
+from ..cache.paged_layer import PagedLayer
 from ..cache.prepared_forward import PackedTokens, static_forward
 from ..cache.step_buffers import StepBuffers
 from .capturable import NotCapturable, NoWaiting, fingerprint
@@ -33,7 +34,6 @@ MAX_GRAPHS = 64  # of a model; the least recently used goes first
 MIN_WIDTH = 32  # blocks of the narrowest table
 
 STEP, PROMPT = "step", "prompt"
-NO_LAYERS = "no cache of its was seen before"
 
 Run = Callable[[], ModelOutput]
 
@@ -100,6 +100,29 @@ class _Graph:
         return self._outputs(**{name: cache if value is None else value for name, value in self._fields.items()})
 
 
+class _Like:
+    """What the forwards of a model make of a new cache: shapes of its layers, and whether they keep to windows."""
+
+    def __init__(self, cache: PagedCache) -> None:
+        self._layers = {
+            layer.layer_idx: [
+                pool.new_empty((1, pool.shape[2], 0, pool.shape[3]), dtype=layer.dtype)
+                for pool in (layer.pool.key, layer.pool.value)
+            ]
+            for layer in cache.layers
+            if isinstance(layer, PagedLayer) and layer.is_initialized
+        }
+        self._keeps = [group.keeps_to_window for group in cache.groups]
+
+    def prepare(self, cache: PagedCache) -> None:
+        for layer in cache.layers:
+            if not layer.is_initialized and layer.layer_idx in self._layers:
+                layer.lazy_initialization(*self._layers[layer.layer_idx])
+                layer.group.layer_columns[layer.layer_idx] = 0
+        for group, keeps in zip(cache.groups, self._keeps, strict=True):
+            group.keeps_to_window = group.keeps_to_window or keeps
+
+
 class DecodeGraphs:
     """The graphs of one model.
 
@@ -116,6 +139,7 @@ class DecodeGraphs:
         self.lock = Lock()
         self._fingerprint: tuple | None = None
         self._widths: dict[tuple, tuple[int, ...]] = {}  # by kind of forward, of the last graph that was used
+        self._like: _Like | None = None  # the caches of the model
         self._begin_anew()
 
     def _begin_anew(self) -> None:
@@ -123,7 +147,6 @@ class DecodeGraphs:
         self._graphs: OrderedDict[tuple, _Graph] = OrderedDict()
         self._warm: set[tuple] = set()  # forwards that have run, whose kernels are compiled
         self._compiled: dict[tuple, CompiledForward] = {}  # by kind of forward
-        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # no keys and values, in their shapes
         self.refusals: dict[str, str] = {}
 
     def lend_addresses(self, cache: PagedCache) -> None:
@@ -136,6 +159,7 @@ class DecodeGraphs:
         met = fingerprint(model)
         if met != self._fingerprint:
             self._begin_anew()
+            self._like = self._like if self._fingerprint is None else None
             self._fingerprint = met
         self._widths.clear()
 
@@ -160,7 +184,8 @@ class DecodeGraphs:
         """
         tensors, constants = _sorted_out(inputs, cache)
         batch, q_length = inputs["input_ids"].shape
-        self._prepare(cache, packed)
+        if packed is not None:
+            self._prepare(cache)
         kind = packed is None, batch, q_length, *((name, x.shape, x.dtype) for name, x in tensors.items())
         kind = *kind, *constants.items(), *((group.block_size, group.pools.dtypes) for group in cache.groups), settings
         graph: _Graph | None = None
@@ -183,15 +208,17 @@ class DecodeGraphs:
             graph.replay()
         return graph.outputs(cache)
 
-    def _prepare(self, cache: PagedCache, packed: PackedTokens | None) -> None:
-        """Gives layers that nothing was stored in their pools, as they were in caches before: a replay gives none."""
-        if packed is None or all(layer.is_initialized for layer in cache.layers):
-            return
-        if not self._layers:
-            raise NotCapturable(NO_LAYERS)
-        for layer in cache.layers:
-            if not layer.is_initialized and layer.layer_idx in self._layers:
-                layer.lazy_initialization(*self._layers[layer.layer_idx])
+    def note(self, cache: PagedCache) -> None:
+        """Takes in what caches of the model are like, from one that its forwards have filled."""
+        if cache.columns and self._like is None:
+            self._like = _Like(cache)
+
+    def _prepare(self, cache: PagedCache) -> None:
+        """Makes a new cache ready for a replay, in which no Python code of its layers runs."""
+        if not all(layer.is_initialized for layer in cache.layers):
+            if self._like is None:
+                raise NotCapturable("no cache of the model was seen before")
+            self._like.prepare(cache)
 
     def _first(self, kind: tuple, model: PreTrainedModel, cache: PagedCache, inputs: dict[str, Any]) -> ModelOutput:
         """The outputs of a forward that runs in Python: it compiles kernels, and shows what a replay would miss."""
@@ -212,12 +239,6 @@ class DecodeGraphs:
         if reason is not None:
             self.refusals[_name_of(kind)] = reason
         self._warm.add(kind)
-        self._layers = {
-            layer.layer_idx: tuple(x.new_empty((1, x.shape[2], 0, x.shape[3]), dtype=layer.dtype) for x in
-                                   (layer.pool.key, layer.pool.value))
-            for layer in cache.layers
-            if layer.is_initialized
-        }  # fmt: skip
         return outputs
 
     def _capture(

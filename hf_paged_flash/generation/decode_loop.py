@@ -205,6 +205,7 @@ class _Loop:
         self._assistants: set[DecodeGraphs] = set()  # whose models have been looked at
 
     def close(self) -> None:
+        self._graphs.note(self._cache)
         if self._is_open:
             try:
                 self._cache.groups.own_tensors()  # a graph's are written to by the next generate()
@@ -248,6 +249,9 @@ class _Loop:
         """
         tokens = new_tokens(self._cache.groups, mask)
         length = length_of(tokens.counts)
+        # padding before the tokens would look further back than a window that keeps no more than they see
+        if any(group.has_given_back for group in self._cache.groups):
+            length = None
         if length is None or PROMPT in self._graphs.refusals or not self._opens():
             return None
         try:

@@ -65,8 +65,8 @@ def _has_own_steps(model: PreTrainedModel) -> bool:
     )
 
 
-def _works_on_its_mask(model: PreTrainedModel) -> bool:
-    if any(type(part.config) in MATRIX_CONFIGS for part in _models(model)):
+def _works_on_its_mask(model: PreTrainedModel, modules: list[nn.Module]) -> bool:
+    if any(type(part.config) in MATRIX_CONFIGS for part in _models(modules)):
         return True
     text = _text_config(model)
     if getattr(text, "use_bidirectional_attention", None) not in (None, False, "vision"):
@@ -75,21 +75,22 @@ def _works_on_its_mask(model: PreTrainedModel) -> bool:
     return text is not model.config and bool(_OVERLAYS.search(module_source(type(model))))
 
 
-def _does_more_with_keys(model: PreTrainedModel) -> bool:
-    decoders = _decoders(model)
+def _does_more_with_keys(model: PreTrainedModel, modules: list[nn.Module]) -> bool:
+    decoders = _decoders(model, modules)
     return not decoders or not all(attends_alone(type(part)) for part in decoders)
 
 
-def _attends_otherwise(model: PreTrainedModel) -> bool:
-    return any(part.config._attn_implementation != "paged_flash" for part in _decoders(model))
+def _attends_otherwise(model: PreTrainedModel, modules: list[nn.Module]) -> bool:
+    return any(part.config._attn_implementation != "paged_flash" for part in _decoders(model, modules))
 
 
-def _decoders(model: PreTrainedModel) -> list[PreTrainedModel]:
-    return [part for part in _models(model) if type(part.config) is type(_text_config(model))]
+def _decoders(model: PreTrainedModel, modules: list[nn.Module]) -> list[PreTrainedModel]:
+    text = type(_text_config(model))
+    return [part for part in _models(modules) if type(part.config) is text]
 
 
-def _models(model: PreTrainedModel) -> list[PreTrainedModel]:
-    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+def _models(modules: list[nn.Module]) -> list[PreTrainedModel]:
+    return [module for module in modules if isinstance(module, PreTrainedModel)]
 
 
 def _text_config(model: PreTrainedModel) -> PreTrainedConfig:
@@ -100,26 +101,24 @@ def _has_chunks(model: PreTrainedModel) -> bool:
     return "chunked_attention" in (getattr(_text_config(model), "layer_types", None) or ())
 
 
-def _mixes_tokens(model: PreTrainedModel) -> bool:
-    return any(isinstance(module, (nn.Conv1d, nn.RNNBase)) for module in model.modules())
-
-
-def _has_adapters_by_row(model: PreTrainedModel) -> bool:
+def _has_adapters_by_row(modules: list[nn.Module]) -> bool:
     """PEFT gives each row an adapter of its own by hooks that hold something a row."""
-    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    hooks = (hook for module in modules for hook in module._forward_pre_hooks.values())
     return any(getattr(hook, "keywords", {}).keys() & {"adapter_names", "alora_offsets"} for hook in hooks)
 
 
-# {what it is: whether a model is so}
-_OF_MODEL: dict[str, Callable[[PreTrainedModel], bool]] = {
+# {what it is: whether a model with these modules is so}
+_OF_MODEL: dict[str, Callable[[PreTrainedModel, list[nn.Module]], bool]] = {
     "another attention than paged_flash": _attends_otherwise,
-    "an encoder beside the decoder": lambda model: model.config.is_encoder_decoder,
-    "steps of generation of the model's own": _has_own_steps,
+    "an encoder beside the decoder": lambda model, modules: model.config.is_encoder_decoder,
+    "steps of generation of the model's own": lambda model, modules: _has_own_steps(model),
     "a mask that the model works on": _works_on_its_mask,
-    "attention in chunks": _has_chunks,
-    "convolutions or recurrences over tokens": _mixes_tokens,
+    "attention in chunks": lambda model, modules: _has_chunks(model),
+    "convolutions or recurrences over tokens": lambda model, modules: any(
+        isinstance(module, (nn.Conv1d, nn.RNNBase)) for module in modules
+    ),
     "attention that does more with its keys than attend to them": _does_more_with_keys,
-    "an adapter for each row": _has_adapters_by_row,
+    "an adapter for each row": lambda model, modules: _has_adapters_by_row(modules),
 }
 
 
@@ -137,7 +136,8 @@ def why_padded(
             return f"`{name}`"
     if model_kwargs.get("inputs_embeds") is not None:
         return "`inputs_embeds`"
-    return next((name for name, holds in _OF_MODEL.items() if holds(model)), None)
+    modules = list(model.modules())
+    return next((name for name, holds in _OF_MODEL.items() if holds(model, modules)), None)
 
 
 def why_not_these(inputs: dict, cache: PagedCache) -> str | None:

@@ -15,6 +15,12 @@ EAGER = CompileConfig(backend="eager", mode=None)
 MODELS = ("llama", "gemma3_text", "gpt2", "qwen3")
 
 
+@pytest.fixture(autouse=True)
+def steps_alone(monkeypatch):
+    """Prompts are not replayed."""
+    monkeypatch.setattr("hf_paged_flash.generation.decode_loop.length_of", lambda counts: None)
+
+
 @pytest.fixture
 def compiled(recorders, monkeypatch):
     """The graphs of operators that are handed to torch.compile."""

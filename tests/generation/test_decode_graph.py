@@ -27,6 +27,12 @@ MODELS = ("llama", "gpt2", "gemma3_text", "gpt_oss")
 LOGIT_TOLERANCE = {"rtol": 0.0, "atol": 5e-5}
 
 
+@pytest.fixture(autouse=True)
+def steps_alone(monkeypatch):
+    """Prompts are not replayed."""
+    monkeypatch.setattr("hf_paged_flash.generation.decode_loop.length_of", lambda counts: None)
+
+
 @pytest.fixture(params=MODELS)
 def pair(request, load):
     return _without_waiting(load(request.param))

@@ -1,0 +1,190 @@
+"""Short prompts replayed as graphs, over a recorder on the CPU: eager's tokens, and the same cache."""
+
+import gc
+
+import numpy as np
+import pytest
+import torch
+
+from hf_paged_flash import CacheFullError, PagedCache, disable_prefix_caching, enable_prefix_caching
+from hf_paged_flash.cache import elastic_memory
+from hf_paged_flash.generation import decode_graph
+from hf_paged_flash.generation.short_prompt import length_of
+from tests.cache.fake_driver import FakeDriver
+from tests.generation.runs import batch, generate, models, unpadded
+from tests.tiny_models import ragged_batch, tiny_config, tiny_model
+
+MODELS = ("llama", "qwen3", "gpt2", "gemma3_text", "mistral")
+
+
+@pytest.fixture(autouse=True)
+def elastic(recorders, monkeypatch):
+    """Pools that grow in place, as on a GPU."""
+    driver = FakeDriver(4096, 2**24)
+    monkeypatch.setattr(elastic_memory, "driver_of", lambda device: driver)
+    recorders.elastic = True
+    yield driver
+    decode_graph._of_models.clear()
+    gc.collect()
+    assert (driver.pages, driver.handles) == (0, 0)
+
+
+@pytest.fixture
+def prompts(monkeypatch):
+    """How each prompt that was short enough came about: "warm-up", "capture", "replay", or None for otherwise."""
+    seen = []
+    original = decode_graph.DecodeGraphs.forward
+
+    def forward(self, model, cache, inputs, finished=None, settings=None, packed=None):
+        if packed is None:
+            return original(self, model, cache, inputs, finished, settings)
+        graphs, warm = len(self._graphs), len(self._warm)
+        seen.append(None)
+        outputs = original(self, model, cache, inputs, packed=packed)
+        seen[-1] = "warm-up" if len(self._warm) > warm else "replay" if len(self._graphs) == graphs else "capture"
+        return outputs
+
+    monkeypatch.setattr(decode_graph.DecodeGraphs, "forward", forward)
+    return seen
+
+
+@pytest.mark.parametrize("side", ["left", "right", "holes"])
+@pytest.mark.parametrize("model_type", MODELS)
+def test_tokens_are_eager_ones(model_type, side, prompts):
+    paged, eager = models(model_type)
+    expected = unpadded(eager, *batch(side))
+    for _ in range(5):
+        assert torch.equal(generate(paged, *batch(side)), expected)
+    assert prompts[0] is None and "replay" in prompts[-2:]
+
+
+def test_other_lengths_of_the_same_bucket(prompts):
+    paged, eager = models("llama")
+    for seed, lengths in enumerate([(30, 7), (17, 20), (5, 32), (31, 1), (32, 32)]):
+        rows = ragged_batch(lengths, "left", seed=seed)
+        assert torch.equal(generate(paged, *rows), generate(eager, *rows))
+    assert prompts == [None, "warm-up", "warm-up", "replay", "replay"] or prompts[-1] == "replay"
+
+
+def test_one_new_token_a_call(prompts):
+    """No step is ever taken, and prompts are replayed all the same."""
+    paged, eager = models("llama")
+    input_ids, _ = ragged_batch([20], None)
+    expected = generate(eager, input_ids, torch.ones_like(input_ids), max_new_tokens=1)
+    for mask in (None, torch.ones_like(input_ids)) * 3:
+        assert torch.equal(generate(paged, input_ids, mask, max_new_tokens=1), expected)
+    assert prompts[-1] == "replay"
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "mistral"])
+def test_turns_on_one_cache(model_type, prompts):
+    """Beyond a window, where padding would look at what was given back."""
+    paged, eager = models(model_type)
+    input_ids, mask = batch("left")
+    caches = [PagedCache(paged.config) for _ in range(3)]
+    for cache in caches:
+        ids, known = input_ids, mask
+        for turn in range(3):
+            expected = generate(eager, ids, known, max_new_tokens=9)
+            answer = generate(paged, ids, known, max_new_tokens=9, past_key_values=cache)
+            assert torch.equal(answer, expected), f"turn {turn}"
+            more = ragged_batch((4, 4, 4, 4), None, seed=turn)[0]
+            ids = torch.cat([ids, answer, more], 1)
+            known = torch.cat([known, known.new_ones(4, 13)], 1)
+        assert cache.get_seq_length() == ids.shape[1] - 5
+    assert "replay" in prompts or model_type != "llama"
+
+
+def test_prefixes(prompts):
+    paged, eager = models("llama")
+    system = ragged_batch([50], None, seed=9)[0]
+    try:
+        enable_prefix_caching(paged)
+        for seed in range(5):
+            input_ids = torch.cat([system, ragged_batch([10 + seed], None, seed=seed)[0]], 1)
+            mask = torch.ones_like(input_ids)
+            expected = generate(eager, input_ids, mask)
+            cache = paged.generate(
+                input_ids, attention_mask=mask, max_new_tokens=12, do_sample=False, return_dict_in_generate=True
+            )
+            assert torch.equal(cache.sequences[:, input_ids.shape[1] :], expected)
+        assert prompts[-1] == "replay"
+        rows = torch.cat([system, ragged_batch([12], None, seed=3)[0]], 1).repeat(3, 1)
+        rows[1:, -3:] += 1
+        for _ in range(3):
+            assert torch.equal(
+                generate(paged, rows, torch.ones_like(rows)), generate(eager, rows, torch.ones_like(rows))
+            )
+    finally:
+        disable_prefix_caching(paged)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"num_beams": 3}, {"do_sample": True, "top_k": 0, "num_return_sequences": 3}, {"prompt_lookup_num_tokens": 3}],
+    ids=["beams", "samples", "lookup"],
+)
+def test_ways_of_decoding(options, prompts):
+    paged, eager = models("llama")
+    rows = ragged_batch([20] if "prompt_lookup_num_tokens" in options else [20, 9], "left")
+    for _ in range(4):
+        results = []
+        for model in (eager, paged):
+            torch.manual_seed(4)
+            results.append(generate(model, *rows, **options))
+        assert torch.equal(*results)
+
+
+def test_the_cache_is_as_after_a_prompt_of_python(prompts):
+    paged, _ = models("llama")
+    input_ids, mask = batch("left")
+    options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "attention_mask": mask}
+    told = []
+    for _ in range(5):
+        cache = paged.generate(input_ids, **options).past_key_values
+        fork = cache.fork([1, 0])
+        keys = [layer.keys.clone() for layer in cache.layers]
+        told.append((cache.memory(), cache.group.real_columns().tolist(), keys, fork.get_seq_length()))
+    assert prompts[-1] == "replay"
+    for memory, real, keys, columns in told[1:]:
+        assert (memory, real, columns) == (told[0][0], told[0][1], told[0][3])
+        for ours, first in zip(keys, told[0][2], strict=True):
+            torch.testing.assert_close(ours, first, rtol=0, atol=1e-5)
+
+
+def test_full(prompts):
+    """Refused before anything runs, and the cache goes on."""
+    paged, eager = models("llama")
+    short, long = ragged_batch([20], None)[0], ragged_batch([60], None)[0]
+    for _ in range(4):
+        generate(paged, short, None)
+        generate(paged, long, None, max_new_tokens=2)
+    cache = PagedCache(paged.config, num_blocks=3)
+    with pytest.raises(CacheFullError):
+        generate(paged, long, None, past_key_values=cache)
+    assert cache.get_seq_length() == 0 and cache.memory().blocks_used == 0
+    assert torch.equal(generate(paged, short, None, past_key_values=cache), generate(eager, short, None))
+
+
+def test_another_model_shape_of_the_same_object(prompts):
+    """What caches were like is forgotten with the model that was."""
+    model = tiny_model(tiny_config("llama"), "paged_flash")
+    input_ids = ragged_batch([20], None)[0]
+    for _ in range(3):
+        generate(model, input_ids, None)
+    model.to(torch.float64)
+    eager = tiny_model(tiny_config("llama"), "eager").to(torch.float64)
+    for _ in range(4):
+        assert torch.equal(generate(model, input_ids, None), generate(eager, input_ids, None))
+    assert prompts[-1] == "replay"
+
+
+@pytest.mark.parametrize(
+    "counts, length",
+    [
+        ([1], 16), ([16], 16), ([17], 32), ([128], 128), ([129], None), ([0], None), ([5, 0], None),
+        ([128, 1], 128), ([128, 1, 1], None), ([128] * 8, 128), ([128] * 9, None), ([16] * 64, 16), ([1] * 64, None),
+    ],
+)  # fmt: skip
+def test_lengths(counts, length):
+    assert length_of(np.array(counts, np.int64)) == length
