@@ -73,7 +73,7 @@ def _run(
     start, columns = cache.get_seq_length(), mask.shape[1]
     last = columns - 1 - mask.flip(1).int().argmax(1).numpy()  # each row's last token
     rows, logits = [], []
-    for end in _ends(start, columns, chunk_size):
+    for end in _ends(start, columns, int(last.max()) + 1, chunk_size):
         with packed_forward(cache.groups, mask[:, :end]) as tokens:
             if not len(tokens.indices):
                 continue  # all of them are padding, or stored
@@ -91,10 +91,10 @@ def _run(
     return outputs
 
 
-def _ends(start: int, columns: int, chunk_size: int | None) -> Iterator[int]:
-    """The columns up to which each forward goes."""
+def _ends(start: int, columns: int, end: int, chunk_size: int | None) -> Iterator[int]:
+    """The columns up to which each forward goes, where none is a token from `end` on."""
     if chunk_size is not None:
-        yield from range(start + chunk_size, columns, chunk_size)
+        yield from range(start + chunk_size, end, chunk_size)
     yield columns
 
 

@@ -75,6 +75,14 @@ class TestEqualsEager:
         assert max(prefill) <= chunk * len(LENGTHS)
         assert torch.equal(tokens, unpadded(eager, input_ids, mask))
 
+    @pytest.mark.parametrize("chunk", [7, 16, 64])
+    def test_chunks_of_padding_alone(self, chunk):
+        paged, eager = models("llama")
+        input_ids, mask = (torch.nn.functional.pad(x, (0, 20)) for x in batch("right"))
+        assert torch.equal(
+            generate(paged, input_ids, mask, prefill_chunk_size=chunk), unpadded(eager, input_ids, mask)
+        )
+
     @pytest.mark.parametrize("chunk", [None, 5])
     @pytest.mark.parametrize("side", ["left", "right"])
     @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt2"])
