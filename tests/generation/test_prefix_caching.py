@@ -239,6 +239,29 @@ def test_a_cache_that_is_full_of_rows_says_so(models):
     assert cache.memory().prefix_tokens_hit == 2 * BLOCK
 
 
+def test_a_prefill_that_fails_between_chunks_leaves_no_row(models):
+    """A row that was known holds more than the columns of the chunks so far."""
+    eager, paged = models("llama")
+    cache = PagedCache(paged.config, prefix_caching=True)
+    check((eager, paged), text(64, 1)[None], None, past_key_values=cache)
+    rows = torch.stack([torch.cat([text(64, 1), text(6, 2)]), text(70, 3)])
+    chunks = []
+
+    def fail(*_):
+        chunks.append(None)
+        if len(chunks) == 2:
+            raise RuntimeError("a layer fails")
+
+    hook = paged.model.layers[1].register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(RuntimeError, match="a layer fails"):
+            new_tokens(paged, rows, None, past_key_values=cache, prefill_chunk_size=16)
+    finally:
+        hook.remove()
+    assert cache.columns == 0 and cache.memory().blocks_used == cache.memory().blocks_kept > 0
+    check((eager, paged), rows, None, past_key_values=cache, prefill_chunk_size=16)
+
+
 def test_kept_blocks_have_a_bound_of_their_own(models):
     pair = models("llama")
     config = pair[1].config
