@@ -149,6 +149,9 @@ def prefill(
         raise
     finally:
         groups.sharing = None
+    groups.sync_lengths()
+    if groups[0].manager.lengths.tolist() != list(map(len, rows)):
+        return outputs  # there are others in front of them, as in prompt tuning
     prefixes.count(groups, rows, known)
     prefixes.add(groups, root, rows)
     cache.prefix_root = root

@@ -407,6 +407,28 @@ def test_adapters_have_prefixes_of_their_own():
         assert cache.memory().prefix_tokens_hit == hit
 
 
+def test_virtual_tokens_are_not_taken_for_the_prompts():
+    peft = pytest.importorskip("peft")
+    model = tiny_model(config_of("llama"), "paged_flash")
+    tuning = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=BLOCK)
+    model = peft.get_peft_model(model, tuning).eval()
+    options = {"input_ids": text(60, 1)[None], "do_sample": False, "max_new_tokens": NEW}
+    options["attention_mask"] = torch.ones_like(options["input_ids"])
+
+    def run() -> list[torch.Tensor]:
+        outputs = [model.generate(**options)]
+        with model.disable_adapter():
+            outputs.append(model.generate(**options))
+        return outputs
+
+    expected = run()
+    assert not torch.equal(*expected)
+    cache = hf_paged_flash.enable_prefix_caching(model)
+    for hit in (0, 3 * BLOCK):
+        assert all(torch.equal(*pair) for pair in zip(run(), expected, strict=True))
+        assert cache.memory().prefix_tokens_hit == hit
+
+
 def test_what_is_no_text_is_not_looked_up(models):
     """Embeddings in place of tokens, and positions of the user's own."""
     eager, paged = models("llama")
