@@ -38,7 +38,10 @@ def packed_prefill(
     if input_ids.dim() != 2 or (attention_mask is not None and attention_mask.dim() != 2):
         return None
     columns = cache.get_seq_length()
+    chunk_size = generation_config.prefill_chunk_size
     is_ragged = not columns and (cache.group.holds_tokens or cache.groups.sharing is not None)  # known prefixes
+    # chunks of transformers' own begin at the first column before 5.24, which leaves out a mask of ones
+    is_ragged |= attention_mask is not None and columns > 0 and chunk_size is not None
     if (attention_mask is None and not is_ragged) or why_padded(model, cache, generation_config, model_kwargs):
         return None
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -54,7 +57,7 @@ def packed_prefill(
     if why_not_these(inputs, cache) or inputs["input_ids"].shape != new.shape:
         return None
     check_new_tokens(new)
-    return _run(model, inputs, cache, mask, generation_config.prefill_chunk_size)
+    return _run(model, inputs, cache, mask, chunk_size)
 
 
 def check_new_tokens(new: torch.Tensor) -> None:

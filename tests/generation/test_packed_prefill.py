@@ -101,6 +101,20 @@ class TestEqualsEager:
             input_ids = torch.cat([input_ids, tokens, said], 1)
             mask = torch.cat([mask, torch.ones_like(tokens), said_mask], 1)
 
+    @pytest.mark.parametrize("rows", [1, 2])
+    @pytest.mark.parametrize("given", ["all", "new"])
+    def test_turns_in_chunks_without_padding(self, rows, given):
+        paged, eager = models("llama")
+        cache = PagedCache(paged.config)
+        input_ids, mask = ragged_batch((20,) * rows)
+        for turn in range(3):
+            start = cache.get_seq_length() if given == "new" else 0
+            tokens = generate(paged, input_ids[:, start:], mask, past_key_values=cache, prefill_chunk_size=8)
+            assert torch.equal(tokens, unpadded(eager, input_ids, mask))
+            said, said_mask = ragged_batch((9,) * rows, seed=turn + 1)
+            input_ids = torch.cat([input_ids, tokens, said], 1)
+            mask = torch.cat([mask, torch.ones_like(tokens), said_mask], 1)
+
     @pytest.mark.parametrize("how", ["assistant", "lookup"])
     def test_assisted(self, how):
         paged, eager = models("llama")
