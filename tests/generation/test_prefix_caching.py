@@ -239,25 +239,23 @@ def test_a_cache_that_is_full_of_rows_says_so(models):
     assert cache.memory().prefix_tokens_hit == 2 * BLOCK
 
 
-def test_a_prefill_that_fails_between_chunks_leaves_no_row(models):
+def test_a_prefill_that_fails_between_chunks_leaves_no_row(models, monkeypatch):
     """A row that was known holds more than the columns of the chunks so far."""
     eager, paged = models("llama")
     cache = PagedCache(paged.config, prefix_caching=True)
     check((eager, paged), text(64, 1)[None], None, past_key_values=cache)
     rows = torch.stack([torch.cat([text(64, 1), text(6, 2)]), text(70, 3)])
-    chunks = []
+    mlp, chunks = paged.model.layers[1].mlp, []
 
-    def fail(*_):
+    def fail(hidden_states):
         chunks.append(None)
         if len(chunks) == 2:
             raise RuntimeError("a layer fails")
+        return type(mlp).forward(mlp, hidden_states)
 
-    hook = paged.model.layers[1].register_forward_pre_hook(fail)
-    try:
-        with pytest.raises(RuntimeError, match="a layer fails"):
-            new_tokens(paged, rows, None, past_key_values=cache, prefill_chunk_size=16)
-    finally:
-        hook.remove()
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="a layer fails"):
+        patched.setattr(mlp, "forward", fail)
+        new_tokens(paged, rows, None, past_key_values=cache, prefill_chunk_size=16)
     assert cache.columns == 0 and cache.memory().blocks_used == cache.memory().blocks_kept > 0
     check((eager, paged), rows, None, past_key_values=cache, prefill_chunk_size=16)
 
@@ -427,6 +425,20 @@ def test_virtual_tokens_are_not_taken_for_the_prompts():
     for hit in (0, 3 * BLOCK):
         assert all(torch.equal(*pair) for pair in zip(run(), expected, strict=True))
         assert cache.memory().prefix_tokens_hit == hit
+
+
+def test_what_hooks_have_changed_is_not_kept(models):
+    eager, paged = models("llama")
+    cache = PagedCache(paged.config, prefix_caching=True)
+    prompt = text(60, 1)[None]
+    check((eager, paged), prompt, None, past_key_values=cache)
+    hooks = [model.model.layers[0].register_forward_hook(lambda *args: args[2] * 2) for model in (eager, paged)]
+    try:
+        check((eager, paged), prompt, None, past_key_values=cache)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    check((eager, paged), prompt, None, past_key_values=cache)
 
 
 def test_what_is_no_text_is_not_looked_up(models):
