@@ -31,6 +31,7 @@ _TAKEN = {"attention_mask", "dropout", "scaling", "sliding_window", "softcap", "
 _UNDERSTOOD = {"input_ids", "attention_mask", "position_ids", "past_key_values", "cache", "logits_to_keep"}
 _OF_NO_ROW = (bool, int, float, str, torch.dtype, type(None))
 _STEPS = ("_prefill", "_update_model_kwargs_for_generation", "_sample", "_beam_search")
+_OF_LIBRARIES = {"accelerate", "peft", "torch", "transformers"}  # hooks of theirs keep to no row
 _WRITTEN_OUT = ("output_hidden_states", "output_attentions")
 
 
@@ -107,6 +108,14 @@ def _has_adapters_by_row(modules: list[nn.Module]) -> bool:
     return any(getattr(hook, "keywords", {}).keys() & {"adapter_names", "alora_offsets"} for hook in hooks)
 
 
+def _has_hooks(model: PreTrainedModel, modules: list[nn.Module]) -> bool:
+    """Of the user's: they may look for a row where it lies in a batch, or change what keys are made of."""
+    hooks = [hook for module in modules for hook in module._forward_hooks.values()]
+    hooks += [hook for module in modules if module is not model for hook in module._forward_pre_hooks.values()]
+    hooks = [hook.func if isinstance(hook, functools.partial) else hook for hook in hooks]
+    return any(getattr(hook, "__module__", "").partition(".")[0] not in _OF_LIBRARIES for hook in hooks)
+
+
 # {what it is: whether a model with these modules is so}
 _OF_MODEL: dict[str, Callable[[PreTrainedModel, list[nn.Module]], bool]] = {
     "another attention than paged_flash": _attends_otherwise,
@@ -119,6 +128,7 @@ _OF_MODEL: dict[str, Callable[[PreTrainedModel, list[nn.Module]], bool]] = {
     ),
     "attention that does more with its keys than attend to them": _does_more_with_keys,
     "an adapter for each row": lambda model, modules: _has_adapters_by_row(modules),
+    "forward hooks inside": _has_hooks,
 }
 
 

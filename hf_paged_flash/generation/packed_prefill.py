@@ -42,6 +42,8 @@ def packed_prefill(
         return None
     columns, chunk_size = cache.get_seq_length(), generation_config.prefill_chunk_size
     is_ragged = not columns and (cache.group.holds_tokens or cache.groups.sharing is not None)  # known prefixes
+    # chunks of transformers' own begin at the first column before 5.24, which leaves out a mask of ones
+    is_ragged |= attention_mask is not None and columns > 0 and chunk_size is not None
     loop = loop_of(model, cache) if chunk_size is None else None
     all_columns = (input_ids if attention_mask is None else attention_mask).shape[1]
     if not is_ragged and all_columns - columns > LENGTHS[-1]:
@@ -86,7 +88,7 @@ def _run(
     start, columns = cache.get_seq_length(), mask.shape[1]
     last = columns - 1 - mask.flip(1).int().argmax(1).numpy()  # each row's last token
     rows, logits = [], []
-    for end in _ends(start, columns, chunk_size):
+    for end in _ends(start, columns, int(last.max()) + 1, chunk_size):
         with packed_forward(cache.groups, mask[:, :end]) as tokens:
             if not len(tokens.indices):
                 continue  # all of them are padding, or stored
@@ -104,10 +106,10 @@ def _run(
     return outputs
 
 
-def _ends(start: int, columns: int, chunk_size: int | None) -> Iterator[int]:
-    """The columns up to which each forward goes."""
+def _ends(start: int, columns: int, end: int, chunk_size: int | None) -> Iterator[int]:
+    """The columns up to which each forward goes, where none is a token from `end` on."""
     if chunk_size is not None:
-        yield from range(start + chunk_size, columns, chunk_size)
+        yield from range(start + chunk_size, end, chunk_size)
     yield columns
 
 

@@ -145,11 +145,13 @@ def prefill(
     try:
         outputs = run()
     except BaseException:
-        if not cache.columns:
-            groups.start_from([])
+        groups.start_from([])  # after some chunks a row may hold more than their columns
         raise
     finally:
         groups.sharing = None
+    groups.sync_lengths()
+    if groups[0].manager.lengths.tolist() != list(map(len, rows)):
+        return outputs  # there are others in front of them, as in prompt tuning
     prefixes.count(groups, rows, known)
     prefixes.add(groups, root, rows)
     cache.prefix_root = root

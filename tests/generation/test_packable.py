@@ -59,6 +59,26 @@ class TestPadded:
         assert shapes[0] == (4, 30)
         assert torch.equal(tokens, generate(eager, input_ids, mask))
 
+    @pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook"])
+    def test_hooks_that_look_for_the_last_token_of_each_row(self, kind):
+        input_ids, mask = batch("left")
+
+        def steer(module, args, *outputs):
+            x = (outputs or args)[0].clone()
+            x[:, -1] += torch.linspace(-3, 3, x.shape[-1])
+            return x
+
+        tokens = []
+        for model in models("llama"):
+            handle = getattr(model.model.layers[1].mlp, f"register_{kind}")(steer)
+            try:
+                with shapes_of(model) as shapes:
+                    tokens.append(generate(model, input_ids, mask))
+            finally:
+                handle.remove()
+            assert shapes[0] == input_ids.shape
+        assert torch.equal(*tokens)
+
     def test_adapters_by_row(self):
         peft = pytest.importorskip("peft")
         model = tiny_model(tiny_config("llama"), "paged_flash")

@@ -75,6 +75,14 @@ class TestEqualsEager:
         assert max(prefill) <= chunk * len(LENGTHS)
         assert torch.equal(tokens, unpadded(eager, input_ids, mask))
 
+    @pytest.mark.parametrize("chunk", [7, 16, 64])
+    def test_chunks_of_padding_alone(self, chunk):
+        paged, eager = models("llama")
+        input_ids, mask = (torch.nn.functional.pad(x, (0, 20)) for x in batch("right"))
+        assert torch.equal(
+            generate(paged, input_ids, mask, prefill_chunk_size=chunk), unpadded(eager, input_ids, mask)
+        )
+
     @pytest.mark.parametrize("chunk", [None, 5])
     @pytest.mark.parametrize("side", ["left", "right"])
     @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt2"])
@@ -90,6 +98,20 @@ class TestEqualsEager:
             stored = cache.groups[0].manager.lengths
             assert stored.tolist() == (mask.sum(1) + tokens.shape[1] - 1).tolist()
             said, said_mask = ragged_batch((4, 9, 1, 6), side, seed=turn + 1)
+            input_ids = torch.cat([input_ids, tokens, said], 1)
+            mask = torch.cat([mask, torch.ones_like(tokens), said_mask], 1)
+
+    @pytest.mark.parametrize("rows", [1, 2])
+    @pytest.mark.parametrize("given", ["all", "new"])
+    def test_turns_in_chunks_without_padding(self, rows, given):
+        paged, eager = models("llama")
+        cache = PagedCache(paged.config)
+        input_ids, mask = ragged_batch((20,) * rows)
+        for turn in range(3):
+            start = cache.get_seq_length() if given == "new" else 0
+            tokens = generate(paged, input_ids[:, start:], mask, past_key_values=cache, prefill_chunk_size=8)
+            assert torch.equal(tokens, unpadded(eager, input_ids, mask))
+            said, said_mask = ragged_batch((9,) * rows, seed=turn + 1)
             input_ids = torch.cat([input_ids, tokens, said], 1)
             mask = torch.cat([mask, torch.ones_like(tokens), said_mask], 1)
 
@@ -150,18 +172,17 @@ class TestCache:
         assert cache.get_seq_length() == input_ids.shape[1] + 11
         assert cache.group.manager.lengths.tolist() == [length + 11 for length in lengths]
 
-    def test_a_forward_that_fails_is_taken_back(self):
+    def test_a_forward_that_fails_is_taken_back(self, monkeypatch):
         paged, eager = models("llama")
         cache = PagedCache(paged.config)
         input_ids, mask = batch("left")
 
-        def fail(module, args):
+        def fail(hidden_states):
             raise RuntimeError("half way")
 
-        handle = paged.model.layers[1].mlp.register_forward_pre_hook(fail)
-        with pytest.raises(RuntimeError, match="half way"):
+        with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="half way"):
+            patched.setattr(paged.model.layers[1].mlp, "forward", fail)
             generate(paged, input_ids, mask, past_key_values=cache)
-        handle.remove()
         assert cache.get_seq_length() == 0 and cache.memory().blocks_used == 0
         assert torch.equal(generate(paged, input_ids, mask, past_key_values=cache), generate(eager, input_ids, mask))
 

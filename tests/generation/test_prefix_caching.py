@@ -239,6 +239,27 @@ def test_a_cache_that_is_full_of_rows_says_so(models):
     assert cache.memory().prefix_tokens_hit == 2 * BLOCK
 
 
+def test_a_prefill_that_fails_between_chunks_leaves_no_row(models, monkeypatch):
+    """A row that was known holds more than the columns of the chunks so far."""
+    eager, paged = models("llama")
+    cache = PagedCache(paged.config, prefix_caching=True)
+    check((eager, paged), text(64, 1)[None], None, past_key_values=cache)
+    rows = torch.stack([torch.cat([text(64, 1), text(6, 2)]), text(70, 3)])
+    mlp, chunks = paged.model.layers[1].mlp, []
+
+    def fail(hidden_states):
+        chunks.append(None)
+        if len(chunks) == 2:
+            raise RuntimeError("a layer fails")
+        return type(mlp).forward(mlp, hidden_states)
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="a layer fails"):
+        patched.setattr(mlp, "forward", fail)
+        new_tokens(paged, rows, None, past_key_values=cache, prefill_chunk_size=16)
+    assert cache.columns == 0 and cache.memory().blocks_used == cache.memory().blocks_kept > 0
+    check((eager, paged), rows, None, past_key_values=cache, prefill_chunk_size=16)
+
+
 def test_kept_blocks_have_a_bound_of_their_own(models):
     pair = models("llama")
     config = pair[1].config
@@ -382,6 +403,42 @@ def test_adapters_have_prefixes_of_their_own():
     for hit in (0, 9 * BLOCK):
         assert all(torch.equal(*pair) for pair in zip(run(), expected, strict=True))
         assert cache.memory().prefix_tokens_hit == hit
+
+
+def test_virtual_tokens_are_not_taken_for_the_prompts():
+    peft = pytest.importorskip("peft")
+    model = tiny_model(config_of("llama"), "paged_flash")
+    tuning = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=BLOCK)
+    model = peft.get_peft_model(model, tuning).eval()
+    options = {"input_ids": text(60, 1)[None], "do_sample": False, "max_new_tokens": NEW}
+    options["attention_mask"] = torch.ones_like(options["input_ids"])
+
+    def run() -> list[torch.Tensor]:
+        outputs = [model.generate(**options)]
+        with model.disable_adapter():
+            outputs.append(model.generate(**options))
+        return outputs
+
+    expected = run()
+    assert not torch.equal(*expected)
+    cache = hf_paged_flash.enable_prefix_caching(model)
+    for hit in (0, 3 * BLOCK):
+        assert all(torch.equal(*pair) for pair in zip(run(), expected, strict=True))
+        assert cache.memory().prefix_tokens_hit == hit
+
+
+def test_what_hooks_have_changed_is_not_kept(models):
+    eager, paged = models("llama")
+    cache = PagedCache(paged.config, prefix_caching=True)
+    prompt = text(60, 1)[None]
+    check((eager, paged), prompt, None, past_key_values=cache)
+    hooks = [model.model.layers[0].register_forward_hook(lambda *args: args[2] * 2) for model in (eager, paged)]
+    try:
+        check((eager, paged), prompt, None, past_key_values=cache)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    check((eager, paged), prompt, None, past_key_values=cache)
 
 
 def test_what_is_no_text_is_not_looked_up(models):
