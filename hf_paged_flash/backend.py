@@ -66,13 +66,13 @@ def _checked(name: str, argument: str) -> BackendName:
 
 
 def _checked_flag(value: str, argument: str) -> bool:
-    if value not in ("", "0", "1"):
+    if value not in ("0", "1"):
         raise ArgumentError(f"`{argument}` must be 0 or 1, got {value!r}")
     return value == "1"
 
 
 _backend: BackendName = _checked(os.environ.get("HF_PAGED_FLASH_BACKEND") or "auto", "HF_PAGED_FLASH_BACKEND")
-_graphs = _checked_flag(os.environ.get("HF_PAGED_FLASH_GRAPHS", ""), "HF_PAGED_FLASH_GRAPHS")
+_graphs = _checked_flag(os.environ.get("HF_PAGED_FLASH_GRAPHS") or "1", "HF_PAGED_FLASH_GRAPHS")
 _compile_mode: CompileMode | None = None
 _lock = threading.Lock()
 _counts: dict[CountKind, Counter[str]] = {kind: Counter() for kind in get_args(CountKind)}
@@ -88,8 +88,8 @@ def configure(
 
     Args:
         backend: "auto", "triton" or "reference".
-        graphs: whether `generate()` replays a decode step on CUDA as one graph, where it can; see
-            `hf_paged_flash.generation`. Off until somebody switches it on, and without effect on other devices.
+        graphs: whether `generate()` replays a decode step on CUDA as one graph, and short prompts, where it can; see
+            `hf_paged_flash.generation`. On unless it is switched off, and without effect on other devices.
         compile: the mode of torch.compile in which these steps are compiled, "default" or
             "max-autotune-no-cudagraphs" for instance; False, as in the beginning, for as they are. A call's
             `generation_config.compile_config` comes before it.

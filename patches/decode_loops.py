@@ -6,8 +6,11 @@ row, and when there is no more. The loop gets a stand-in for the model; nothing 
 threads may use it meanwhile.
 """
 
+import transformers
+from packaging.version import Version
 from transformers.generation.utils import GenerationMixin
 
+from hf_paged_flash.errors import UnsupportedFeatureError
 from hf_paged_flash.patches.base import Patch, cache_name
 
 _CHECKED = ("5.17.0", "5.23.0", "5.24.0")
@@ -20,11 +23,33 @@ def _in_decode_loop(**traits):
         from hf_paged_flash.generation.decode_loop import decode_loop
 
         cache = kwargs.get(cache_name(kwargs))
+        if traits.get("begins_with_prefill"):
+            _check_begins(cache, input_ids, kwargs)
         options = traits | {"synced_gpus": synced_gpus}
         with decode_loop(self, cache, generation_config, stopping_criteria, **options) as (model, criteria):
             return original(model, input_ids, logits_processor, criteria, generation_config, synced_gpus, **kwargs)
 
     return decode
+
+
+def _check_begins(cache, input_ids, model_kwargs) -> None:
+    """Raises UnsupportedFeatureError where transformers would compute what a kept cache holds once more.
+
+    Before 5.24 it does so whatever it gets, and with a DynamicCache, too, goes on from the wrong tokens.
+    """
+    from hf_paged_flash.cache import PagedCache
+
+    if not isinstance(cache, PagedCache) or not cache.columns:
+        return
+    told = [model_kwargs[name] for name in ("attention_mask", "position_ids") if model_kwargs.get(name) is not None]
+    is_whole = not told or input_ids.shape[1] >= max(x.shape[-1] for x in told)
+    if is_whole or Version(transformers.__version__) < Version("5.24.0"):
+        raise UnsupportedFeatureError(
+            f"assisted decoding and prompt lookup can't go on from the {cache.columns} columns that the PagedCache "
+            "holds, transformers computes them once more: leave `assistant_model` and `prompt_lookup_num_tokens` out, "
+            "or pass an empty cache with the whole conversation (from transformers 5.24 on also the new turn alone, "
+            "with the whole attention_mask)"
+        )
 
 
 def _compiled_by_the_loop(original, self, model_kwargs, generation_config):

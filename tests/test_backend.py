@@ -62,8 +62,8 @@ def test_environment_variable_with_a_wrong_value(monkeypatch):
         _imported_again()
 
 
-@pytest.mark.parametrize("value, expected", [("1", True), ("0", False), ("", False)])
-def test_graphs_are_off_until_switched_on(monkeypatch, value, expected):
+@pytest.mark.parametrize("value, expected", [("1", True), ("0", False), ("", True)])
+def test_graphs_are_on_until_switched_off(monkeypatch, value, expected):
     monkeypatch.setenv("HF_PAGED_FLASH_GRAPHS", value)
     again = _imported_again()
     assert again.graphs() is expected

@@ -260,3 +260,20 @@ def test_a_dropped_cache_frees_its_blocks_at_once(load, model_type):
         assert pool() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("way", ["assistant", "lookup"])
+def test_assisted_decoding_does_not_go_on_from_a_kept_cache(load, way):
+    """transformers would compute the kept columns once more, and with a DynamicCache gives wrong tokens."""
+    pair = load("llama")
+    input_ids = ragged_batch([20], None)[0]
+    cache = PagedCache(pair.paged.config)
+    ids = pair.paged.generate(input_ids, past_key_values=cache, max_new_tokens=4, do_sample=False)
+    ids = torch.cat([ids, input_ids[:, :3]], 1)
+    options = {"prompt_lookup_num_tokens": 3} if way == "lookup" else {"assistant_model": pair.eager}
+    columns = cache.get_seq_length()
+    with pytest.raises(UnsupportedFeatureError, match="can't go on from the 23 columns"):
+        pair.paged.generate(ids, past_key_values=cache, max_new_tokens=4, do_sample=False, **options)
+    assert cache.get_seq_length() == columns
+    more = pair.paged.generate(ids, past_key_values=cache, max_new_tokens=4, do_sample=False)
+    assert torch.equal(more, pair.eager.generate(ids, max_new_tokens=4, do_sample=False))
