@@ -61,7 +61,7 @@ def generate(folder: Path) -> str:
                 table.append([*what, "out of memory", *["–"] * 6])
                 continue
             step = values["decode_ms"]
-            ratios = [(step, values.get("replay_ms")), (step, peer.get("decode_ms"))]
+            ratios = [(step, values.get("graph_ms")), (step, peer.get("decode_ms"))]
             table.append([
                 *what,
                 f"{values['prefill_ms']:,.0f}",
@@ -71,7 +71,7 @@ def generate(folder: Path) -> str:
                 f"{values['tok_s']:,.0f}",
                 f"{values['peak_gib']:.2f}" if "peak_gib" in values else "–",
             ])  # fmt: skip
-    heading = ["bf16, greedy", "generate() with", "prefill, ms", "step, ms", "× floor", "× bare graph",
+    heading = ["bf16, greedy", "generate() with", "prefill, ms", "step, ms", "× floor", "× its graph alone",
                "× DynamicCache's", "tokens/s", "GiB over the weights"]  # fmt: skip
     return f"{markdown(heading, table)}\n\n{source(rows)}"
 

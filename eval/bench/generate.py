@@ -6,7 +6,8 @@
     hf-paged-flash bench generate --models 8b --cases flat:512x8192 --implementations paged_flash
 
 Beside each batch: the floor, which is the bytes of weights and K/V over the copy bandwidth measured in the same run,
-and one replay of a CUDA graph of the same step over dense K/V. Prefill is a call of one new token, a step what each of
+and one replay of a CUDA graph of the same step over dense K/V under sdpa; beside ours one replay of its own graph by
+itself. Prefill is a call of one new token, a step what each of
 the others adds, tokens/s are of the whole call. Memory is the device's, over the weights. The logits of the first
 steps must agree between the implementations: exit status 1 where they don't, and no row of that batch.
 """
@@ -86,8 +87,8 @@ def _batch(model: PreTrainedModel, name: str, written: str, case: Case, run: Run
         replay = None
     table = Table(title=f"{name}, {written}, {case.new} new; a step's floor {floor:.2f} ms"
                   + ("" if replay is None else f", bare replay {replay:.2f} ms"))  # fmt: skip
-    for heading in ("generate() with", "prefill, ms", "step, ms", "× floor", "tokens/s", "GiB over weights (torch's)",
-                    "logits differ by"):  # fmt: skip
+    for heading in ("generate() with", "prefill, ms", "step, ms", "× floor", "× graph", "tokens/s",
+                    "GiB over weights (torch's)", "logits differ by"):  # fmt: skip
         table.add_column(heading, justify="left" if heading == "generate() with" else "right")
     first: Measured | None = None
     for impl, mode in run.variants(written):
@@ -111,6 +112,7 @@ def _batch(model: PreTrainedModel, name: str, written: str, case: Case, run: Run
 
 def _numbers(found: Measured, floor: float) -> list[str]:
     numbers = [f"{found.prefill_ms:,.1f}", f"{found.decode_ms:.2f}", f"{found.decode_ms / floor:.2f}"]
+    numbers.append("–" if found.graph_ms is None else f"{found.decode_ms / found.graph_ms:.2f}")
     memory = "–" if found.peak is None else f"{found.peak / GIB:.2f} ({found.torch_peak / GIB:.2f})"
     return [*numbers, f"{found.tok_s:,.0f}", memory]
 
@@ -119,6 +121,8 @@ def _record(recorder: Recorder, row: dict, impl: str, found: Measured, floor: fl
     values = {"prefill_ms": found.prefill_ms, "decode_ms": found.decode_ms, "tok_s": found.tok_s, "floor_ms": floor}
     if replay is not None:
         values["replay_ms"] = replay
+    if found.graph_ms is not None:
+        values["graph_ms"] = found.graph_ms
     if found.peak is not None:
         values |= {"peak_gib": found.peak / GIB, "torch_peak_gib": found.torch_peak / GIB}
     for metric, value in values.items():

@@ -3,6 +3,7 @@
 import gc
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -12,6 +13,7 @@ from transformers import CompileConfig, PreTrainedModel, StoppingCriteria
 from hf_paged_flash import CacheFullError
 from hf_paged_flash.eval.bench.generate_cases import Case
 from hf_paged_flash.eval.report import reason_of
+from hf_paged_flash.generation.decode_graph import graphs_of
 
 # {implementation: (what attends, options of generate())}
 IMPLEMENTATIONS = {
@@ -22,6 +24,7 @@ IMPLEMENTATIONS = {
 # Steps of a warm-up: peers compile in the first few. Ours runs to the end, as it may capture one graph for each width.
 WARM_STEPS = 8
 CHECKED_STEPS = 4
+REPLAYS = 20
 REPEATED_MS = 1000.0  # a prefill is timed again while all its runs stay within this
 
 
@@ -31,6 +34,7 @@ class Measured:
 
     Attributes:
         peak: bytes of the device over the weights; torch_peak: of torch's allocator alone. None on a CPU.
+        graph_ms: one replay of the last step's graph by itself; None where steps are no graphs of ours.
         logits: (CHECKED_STEPS, B, vocabulary) fp32, of the first steps; tokens: (CHECKED_STEPS, B), what followed.
     """
 
@@ -39,6 +43,7 @@ class Measured:
     tok_s: float | None = None
     peak: int | None = None
     torch_peak: int | None = None
+    graph_ms: float | None = None
     reason: str | None = None
     logits: torch.Tensor | None = field(default=None, repr=False)
     tokens: torch.Tensor | None = field(default=None, repr=False)
@@ -163,10 +168,27 @@ def _measure(model: PreTrainedModel, impl: str, options: dict, case: Case, measu
     measured.prefill_ms = statistics.median(times)
     measured.decode_ms = (whole - measured.prefill_ms) / (case.new - 1)
     measured.tok_s = case.new * len(ids) / whole * 1e3
+    if impl == "paged_flash":
+        measured.graph_ms = _graph_ms(model, generate)
     if device.type == "cuda":
         # what torch's allocator took for the other calls it has still
         measured.peak = max(warm_up.most, _in_use(device)) - before
         measured.torch_peak = torch.cuda.max_memory_allocated(device) - weights
+
+
+def _graph_ms(model: PreTrainedModel, generate: Callable) -> float | None:
+    """The mean of some replays of the last step's graph, one after another."""
+    graphs = graphs_of(model)
+    held = generate(return_dict_in_generate=True)  # its cache, which they read
+    if graphs is None or not graphs.replay_again():
+        return None
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    marks[0].record()
+    for _ in range(REPLAYS):
+        graphs.replay_again()
+    marks[1].record()
+    wait_for(held.sequences.device)
+    return marks[0].elapsed_time(marks[1]) / REPLAYS
 
 
 def difference(ours: Measured, theirs: Measured) -> float:

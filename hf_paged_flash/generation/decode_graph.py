@@ -145,6 +145,7 @@ class DecodeGraphs:
     def _begin_anew(self) -> None:
         self._capturer = CAPTURERS[self.device.type](self.device)
         self._graphs: OrderedDict[tuple, _Graph] = OrderedDict()
+        self._last: _Graph | None = None
         self._warm: set[tuple] = set()  # forwards that have run, whose kernels are compiled
         self._compiled: dict[tuple, CompiledForward] = {}  # by kind of forward
         self.refusals: dict[str, str] = {}
@@ -206,7 +207,17 @@ class DecodeGraphs:
                 self._capture(graph, cache, kind, settings, model, fixed)
             step.skip_layers()
             graph.replay()
+            self._last = graph
         return graph.outputs(cache)
+
+    def replay_again(self) -> bool:
+        """Replays the last forward over what it read and wrote, whose cache must still be there; for measurements.
+
+        False where nothing has been replayed.
+        """
+        if self._last is not None:
+            self._last.replay()
+        return self._last is not None
 
     def note(self, cache: PagedCache) -> None:
         """Takes in what caches of the model are like, from one that its forwards have filled."""

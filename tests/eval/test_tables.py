@@ -126,7 +126,7 @@ def generated(run, impl, compiled=None, *, case=None, **values):
 
 
 def test_generate(tmp_path):
-    bounds = {"floor_ms": 4.0, "replay_ms": 5.0}
+    bounds = {"floor_ms": 4.0, "graph_ms": 5.0}
     rest = {"prefill_ms": 30.0, "tok_s": 1500.0, "peak_gib": 0.25, **bounds}
     write(
         tmp_path / "generate.jsonl",
