@@ -100,6 +100,10 @@ class _Graph:
         return self._outputs(**{name: cache if value is None else value for name, value in self._fields.items()})
 
 
+def paged_layers(cache: PagedCache) -> Iterator[PagedLayer]:
+    return (layer for layer in cache.layers if isinstance(layer, PagedLayer))
+
+
 class _Like:
     """What the forwards of a model make of a new cache: shapes of its layers, and whether they keep to windows."""
 
@@ -109,13 +113,13 @@ class _Like:
                 pool.new_empty((1, pool.shape[2], 0, pool.shape[3]), dtype=layer.dtype)
                 for pool in (layer.pool.key, layer.pool.value)
             ]
-            for layer in cache.layers
-            if isinstance(layer, PagedLayer) and layer.is_initialized
+            for layer in paged_layers(cache)
+            if layer.is_initialized
         }
         self._keeps = [group.keeps_to_window for group in cache.groups]
 
     def prepare(self, cache: PagedCache) -> None:
-        for layer in cache.layers:
+        for layer in paged_layers(cache):
             if not layer.is_initialized and layer.layer_idx in self._layers:
                 layer.lazy_initialization(*self._layers[layer.layer_idx])
                 layer.group.layer_columns[layer.layer_idx] = 0
@@ -220,13 +224,13 @@ class DecodeGraphs:
         return self._last is not None
 
     def note(self, cache: PagedCache) -> None:
-        """Takes in what caches of the model are like, from one that its forwards have filled."""
-        if cache.columns and self._like is None:
+        """Takes in what caches of the model are like, from one that its forwards have filled, perhaps emptied since."""
+        if self._like is None and any(layer.is_initialized for layer in paged_layers(cache)):
             self._like = _Like(cache)
 
     def _prepare(self, cache: PagedCache) -> None:
         """Makes a new cache ready for a replay, in which no Python code of its layers runs."""
-        if not all(layer.is_initialized for layer in cache.layers):
+        if not all(layer.is_initialized for layer in paged_layers(cache)):
             if self._like is None:
                 raise NotCapturable("no cache of the model was seen before")
             self._like.prepare(cache)

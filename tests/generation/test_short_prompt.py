@@ -95,7 +95,8 @@ def test_turns_on_one_cache(model_type, prompts):
     assert "replay" in prompts or model_type != "llama"
 
 
-def test_prefixes(prompts):
+@pytest.mark.parametrize("new", [1, 12])
+def test_prefixes(prompts, new):
     paged, eager = models("llama")
     system = ragged_batch([50], None, seed=9)[0]
     try:
@@ -103,11 +104,8 @@ def test_prefixes(prompts):
         for seed in range(5):
             input_ids = torch.cat([system, ragged_batch([10 + seed], None, seed=seed)[0]], 1)
             mask = torch.ones_like(input_ids)
-            expected = generate(eager, input_ids, mask)
-            cache = paged.generate(
-                input_ids, attention_mask=mask, max_new_tokens=12, do_sample=False, return_dict_in_generate=True
-            )
-            assert torch.equal(cache.sequences[:, input_ids.shape[1] :], expected)
+            expected = generate(eager, input_ids, mask, max_new_tokens=new)
+            assert torch.equal(generate(paged, input_ids, mask, max_new_tokens=new), expected)
         assert prompts[-1] == "replay"
         rows = torch.cat([system, ragged_batch([12], None, seed=3)[0]], 1).repeat(3, 1)
         rows[1:, -3:] += 1
