@@ -73,6 +73,8 @@ def generate(folder: Path) -> str:
             ])  # fmt: skip
     heading = ["bf16, greedy", "generate() with", "prefill, ms", "step, ms", "× floor", "× its graph alone",
                "× DynamicCache's", "tokens/s", "GiB over the weights"]  # fmt: skip
+    measured = [any(row[i] != "–" for row in table) for i in range(len(heading))]
+    heading, *table = ([cell for cell, shown in zip(row, measured, strict=True) if shown] for row in [heading, *table])
     return f"{markdown(heading, table)}\n\n{source(rows)}"
 
 

@@ -41,6 +41,7 @@ UNITS = {
     "decode_ms": "ms",
     "floor_ms": "ms",
     "replay_ms": "ms",
+    "graph_ms": "ms",
     "ttft_cold_ms": "ms",
     "ttft_process_ms": "ms",
     "ttft_ms": "ms",

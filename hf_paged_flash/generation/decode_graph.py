@@ -224,7 +224,7 @@ class DecodeGraphs:
         return self._last is not None
 
     def note(self, cache: PagedCache) -> None:
-        """Takes in what caches of the model are like, from one that its forwards have filled, perhaps emptied since."""
+        """Takes in what caches of the model are like, from one that was filled and may be empty again."""
         if self._like is None and any(layer.is_initialized for layer in paged_layers(cache)):
             self._like = _Like(cache)
 

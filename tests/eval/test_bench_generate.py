@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 from typer.testing import CliRunner
 
-from hf_paged_flash import ArgumentError, PagedFlashError
+from hf_paged_flash import ArgumentError, PagedCache, PagedFlashError
 from hf_paged_flash.eval.bench import first_token, generate, generate_calls, step_bounds
 from hf_paged_flash.eval.bench.generate_calls import Measured, difference
 from hf_paged_flash.eval.bench.generate_cases import case_of, load
@@ -166,9 +166,9 @@ class TestPrefix:
         assert [row["impl"] for row in recorded(tmp_path)] == ["copy"]
 
     def test_computed_again_is_an_error(self, tiny, monkeypatch):
-        """A cache that knows no prefix, given as one that does."""
-        monkeypatch.setattr(first_token, "PagedCache", lambda config, prefix_caching: None)
-        with pytest.raises(PagedFlashError, match="20 were computed again"):
+        """A cache that has no room for what it knows."""
+        monkeypatch.setattr(first_token, "PagedCache", lambda *shape, **_: PagedCache(*shape, prefix_caching=1))
+        with pytest.raises(PagedFlashError, match="but 0 were found"):
             first_token.with_and_without_prefix(tiny, None, case_of("prefix:16+4", 1))
 
     @pytest.mark.skipif(not first_token.knows_prefixes(), reason="no prefix caching in this version")
