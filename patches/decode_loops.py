@@ -54,10 +54,10 @@ def _check_begins(cache, input_ids, model_kwargs) -> None:
 
 def _compiled_by_the_loop(original, self, model_kwargs, generation_config):
     from hf_paged_flash.cache import PagedCache
-    from hf_paged_flash.generation.decode_graph import graphs_of
+    from hf_paged_flash.generation.decode_graph import may_capture
 
     # no warning that `compile_config` is passed over: the decode loop follows it, or raises
-    is_ours = isinstance(model_kwargs.get(cache_name(model_kwargs)), PagedCache) and graphs_of(self) is not None
+    is_ours = isinstance(model_kwargs.get(cache_name(model_kwargs)), PagedCache) and may_capture(self)
     return False if is_ours else original(self, model_kwargs, generation_config)
 
 

@@ -134,7 +134,7 @@ class DecodeGraphs:
         addresses: by layer, those that the pools of caches have had.
         lock: held by the `generate()` that uses them.
         refusals: why no forward of a kind is captured any more, until the model changes; kinds are `STEP`, of a token
-            or a few a row, and `PROMPT`.
+            or a few a row, `PROMPT`, and settings, for steps that could not be compiled so.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -152,7 +152,7 @@ class DecodeGraphs:
         self._last: _Graph | None = None
         self._warm: set[tuple] = set()  # forwards that have run, whose kernels are compiled
         self._compiled: dict[tuple, CompiledForward] = {}  # by kind of forward
-        self.refusals: dict[str, str] = {}
+        self.refusals: dict[str | CompileSettings, str] = {}
 
     def lend_addresses(self, cache: PagedCache) -> None:
         """Lets the pools of `cache` lie where those of the model's last cache lay, if it has none yet."""
@@ -241,7 +241,7 @@ class DecodeGraphs:
             # some models look for padding where there is no mask, to warn, though not in a capture
             ones = torch.ones(kind[1], cache.columns, dtype=torch.long, device=self.device)
             inputs = inputs | {"attention_mask": ones}
-        with self._refusing(kind), NoWaiting():
+        with self._refusing(_name_of(kind)), NoWaiting():
             outputs = model(**inputs)
         others = [name for name, value in outputs.items() if value is not cache and name != "logits"]
         reason = None
@@ -268,7 +268,7 @@ class DecodeGraphs:
         def run() -> ModelOutput:
             return model(**inputs)
 
-        with self._refusing(kind), torch.inference_mode(False), torch.no_grad():
+        with self._refusing(settings or _name_of(kind)), torch.inference_mode(False), torch.no_grad():
             if settings is not None:
                 if kind not in self._compiled:
                     self._compiled[kind] = CompiledForward(
@@ -279,13 +279,13 @@ class DecodeGraphs:
             graph.capture(self._capturer, run, cache)
 
     @contextmanager
-    def _refusing(self, kind: tuple) -> Iterator[None]:
+    def _refusing(self, name: str | CompileSettings) -> Iterator[None]:
         """What goes wrong in a forward made for capturing is no error: the model runs as it is from then on."""
         try:
             yield
         except Exception as error:
             known = isinstance(error, NotCapturable)
-            reason = self.refusals[_name_of(kind)] = str(error) if known else f"of {type(error).__name__}: {error}"
+            reason = self.refusals[name] = str(error) if known else f"of {type(error).__name__}: {error}"
             raise NotCapturable(reason) from error
 
     def _graph(self, kind: tuple, cache: PagedCache, tensors: dict[str, torch.Tensor]) -> _Graph:
@@ -326,7 +326,7 @@ def _sorted_out(inputs: dict[str, Any], cache: PagedCache) -> tuple[dict[str, to
             if value is not None and (not isinstance(value, torch.Tensor) or value.dim() != 2):
                 raise NotCapturable("its attention mask is no 2-D tensor")
         elif isinstance(value, torch.Tensor):
-            if value.shape[-1] != q_length or value.device != inputs["input_ids"].device:
+            if not value.dim() or value.shape[-1] != q_length or value.device != inputs["input_ids"].device:
                 raise NotCapturable(f"it gets `{name}` of shape {tuple(value.shape)} for {q_length} new tokens")
             tensors[name] = value
         elif value is None or isinstance(value, (bool, int, float, str)):
@@ -340,13 +340,24 @@ _of_models: "weakref.WeakKeyDictionary[PreTrainedModel, DecodeGraphs]" = weakref
 _lock = Lock()
 
 
+def may_capture(model: PreTrainedModel) -> bool:
+    """Whether anything can be captured on the device of `model`."""
+    return model.device.type in CAPTURERS
+
+
 def graphs_of(model: PreTrainedModel) -> DecodeGraphs | None:
-    """The graphs of `model`, which live as long as it does; None where nothing can be captured on its device."""
+    """The graphs of `model`, which live as long as it does; None where nothing can be captured."""
     device = model.device
-    if device.type not in CAPTURERS:
+    if not may_capture(model):
         return None
     with _lock:
         graphs = _of_models.get(model)
         if graphs is None or graphs.device != device:
             graphs = _of_models[model] = DecodeGraphs(device)
         return graphs
+
+
+def forget(model: PreTrainedModel) -> None:
+    """Gives back what the graphs of `model` hold, once no `generate()` uses them."""
+    with _lock:
+        _of_models.pop(model, None)

@@ -19,7 +19,7 @@ from ..errors import UnsupportedFeatureError
 from ..ops.flash_attn import MAX_DECODE_QUERIES
 from .capturable import NotCapturable, obstacle
 from .compiled_forward import CompileSettings
-from .decode_graph import PROMPT, STEP, DecodeGraphs, graphs_of
+from .decode_graph import PROMPT, STEP, DecodeGraphs, forget, graphs_of
 from .short_prompt import last_columns, length_of
 
 LISTENING = 8  # steps after which the host asks anew which rows have finished
@@ -75,6 +75,8 @@ def decode_loop(
     if reason is not None and (backend.graphs() or generation_config.compile_config is not None):
         _tell(reason, generation_config)
     if graphs is None or reason is not None:
+        if not backend.graphs():
+            forget(model)
         yield model, stopping_criteria
         return
     graphs.lend_addresses(cache)
@@ -205,12 +207,12 @@ class _Loop:
         self._assistants: set[DecodeGraphs] = set()  # whose models have been looked at
 
     def close(self) -> None:
-        self._graphs.note(self._cache)
         if self._is_open:
             try:
                 self._cache.groups.own_tensors()  # a graph's are written to by the next generate()
             finally:
                 self._graphs.lock.release()
+        self._graphs.note(self._cache)
 
     def forward(self, *args, **inputs) -> ModelOutput:
         is_prefill, self._is_prefill = self._is_prefill, False
@@ -222,7 +224,7 @@ class _Loop:
         except NotCapturable as error:
             _tell(str(error), self._config)
             return self._model(**inputs)
-        if (reason := self._graphs.refusals.get(STEP)) is not None:
+        if (reason := self._refusal()) is not None:
             _tell(reason, self._config)
         if self._keeps_logits:
             outputs.logits = outputs.logits.clone()
@@ -235,7 +237,17 @@ class _Loop:
             return False
         if not any(value is self._cache for value in inputs.values()):
             return False
-        return self._opens() and STEP not in self._graphs.refusals
+        if not self._opens():
+            return False
+        reason = self._refusal()
+        if reason is not None and self._config.compile_config is not None:
+            _tell(reason, self._config)  # a call before was told, and may not have asked for it
+        return reason is None
+
+    def _refusal(self) -> str | None:
+        """Why no step is captured, or compiled as it should be; None where none was refused."""
+        refusals = self._graphs.refusals
+        return refusals.get(STEP) or refusals.get(self._settings)
 
     def prefill(self, inputs: dict[str, Any], mask: torch.Tensor) -> ModelOutput | None:
         """The outputs of a short prompt, with logits (B, 1, V) of each row's last token; None where they are not here.

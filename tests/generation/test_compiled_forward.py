@@ -129,13 +129,27 @@ def test_what_was_asked_for_raises_where_it_does_not_happen(recorders, compiled,
 
 
 def test_a_compiler_that_fails(recorders, compiled):
-    """The cache is as before the step."""
+    """The cache is as before the step, and steps that are not to be compiled go on as graphs."""
     paged, eager = models("llama")
+    decode_graph._of_models.clear()
     cache = PagedCache(paged.config)
     with mock.patch("torch.compile", side_effect=RuntimeError("no compiler here")):
-        with pytest.raises(UnsupportedFeatureError, match="no compiler here"):
-            generate(paged, *batch("left"), past_key_values=cache, compile_config=EAGER)
+        for columns in (31, 30):  # the prompt and the step that ran as it is; known, it is told before that
+            with pytest.raises(UnsupportedFeatureError, match="no compiler here"):
+                generate(paged, *batch("left"), past_key_values=cache, compile_config=EAGER)
+            assert cache.get_seq_length() == columns
+            cache.reset()
+    expected = generate(eager, *batch("left"))
+    assert torch.equal(generate(paged, *batch("left"), past_key_values=cache), expected)
+    assert recorders.replayed > 0
+
+
+def test_a_model_that_was_refused_before(recorders, compiled, monkeypatch):
+    """What nobody asked for was a warning, and is an error now."""
+    paged, _ = models("llama")
     decode_graph._of_models.clear()
-    assert cache.get_seq_length() == 31  # the prompt, and the step that ran as it is
-    cache.reset()
-    assert torch.equal(generate(paged, *batch("left"), past_key_values=cache), generate(eager, *batch("left")))
+    monkeypatch.setattr(recorders, "failing", RuntimeError("not this one"))
+    generate(paged, *batch("left"))
+    monkeypatch.setattr(recorders, "failing", None)
+    with pytest.raises(UnsupportedFeatureError, match="not this one"):
+        generate(paged, *batch("left"), compile_config=EAGER)

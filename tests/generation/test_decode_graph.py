@@ -561,8 +561,11 @@ class TestRefusals:
         assert said == [] and decode_graph.graphs_of(model) is None
 
     def test_switched_off(self, model, recorders, monkeypatch):
+        new_tokens(model, *ragged_batch(LENGTHS), max_new_tokens=2)
+        assert model in decode_graph._of_models
         monkeypatch.setattr("hf_paged_flash.backend._graphs", False)
         self._runs_eager(model, recorders)
+        assert model not in decode_graph._of_models, "graphs that nobody uses hold memory"
 
 
 class TestCudaGraphs:
