@@ -297,6 +297,9 @@ class DecodeGraphs:
         key = *kind, widths, *(group.pools.addresses_in_use() for group in groups)
         graph = self._graphs.get(key)
         if graph is None:
+            if not all(group.pools.is_elastic for group in groups):  # they have moved, and will not come back
+                for other in [other for other in self._graphs if other[: len(kind)] == kind]:
+                    del self._graphs[other]
             with torch.inference_mode(False):
                 buffers = StepBuffers(*kind[1:3], widths, self.device)
                 graph = _Graph(buffers, tensors)

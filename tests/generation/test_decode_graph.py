@@ -91,6 +91,7 @@ class TestReplays:
             assert torch.equal(tokens, unpadded_runs(pair.eager, LENGTHS, 70))
             assert recorders.replayed == calls * 69 - 1
             assert recorders.captured <= calls * 4
+            assert len(decode_graph.graphs_of(pair.paged)._graphs) == 1, "what is captured over old pools goes"
 
     def test_batch_sizes(self, llama, recorders, elastic):
         for rows in (1, 2, 1, 2):
