@@ -4,6 +4,7 @@ Tables, never an autotune: a user's first step must not time candidates, and a r
 before. Rows are ordered by preference; the first whose tiles fit the GPU's shared memory is taken.
 """
 
+import itertools
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -164,22 +165,41 @@ def decode_tile(block_d: int, block_dv: int, rows: int, dtype: torch.dtype, devi
     return Tile(16, 16, 4, 1)
 
 
-def decode_splits(programs: int, device: Device) -> int:
-    """How many programs share a row's keys, at most; `programs` is the grid without splits.
+def _rounds(programs: int, at_once: int) -> float:
+    # a last round that is not full leaves SMs with too few loads in flight
+    full, rest = divmod(programs, at_once)
+    return full + (0.25 + 0.75 * rest / at_once if rest else 0)
 
-    From sizes known without asking the device. Shared memory lets 3 programs run at once on an SM, 2 keep the memory
-    busy: one round of 2 is best, then full rounds of 3.
+
+def decode_plan(
+    row_heads: int, block_d: int, block_dv: int, rows: int, dtype: torch.dtype, device: Device
+) -> tuple[Tile, int]:
+    """The decode kernel's tile, and how many programs share a row's keys, at most.
+
+    From sizes known without asking the device: `row_heads`, batch size times KV heads, and `rows` as in `decode_tile`.
+    2 programs an SM keep the memory busy: fewer rows are split until one round of so many is full. More run in rounds,
+    3 programs an SM (by their shared memory) or 2 of the wide tile (by their registers), whichever wastes less of its
+    last round. Constants fitted to times on an H100.
     """
-    at_once = 3 * device.num_sms
-    if programs <= at_once:
-        return max(1, min(128, round(2 * device.num_sms / programs)))
+    tile = decode_tile(block_d, block_dv, rows, dtype, device)
+    programs = row_heads * -(-rows // tile.block_m)
+    one_round = 2 * device.num_sms
+    splits = max(1, min(128, one_round // programs))
+    wide = None
+    if dtype.itemsize == 2 and 90 <= device.capability < 120 and 64 < max(block_d, block_dv) <= 128:
+        wide = Tile(16, 128, 8, 2) if tile.block_m == 16 else None  # more rows leave one program to an SM
+    if programs <= one_round:
+        nearly_full = splits <= 2 and programs * splits > 0.95 * one_round
+        return (wide if wide and nearly_full else tile), splits
 
-    def cost(splits):  # of a last round that is not full and of the reduction, fitted to times on an H200
-        full, rest = divmod(programs * splits, at_once)
-        rounds = full + (0.35 + 0.65 * rest / at_once if rest else 0)
-        return rounds * at_once / (programs * splits) + 0.01 * splits + 0.03 * (splits > 1)
+    def cost(choice):  # of the rounds, a row's own latency, and the reduction
+        (_, at_once), splits = choice
+        rounds = _rounds(programs * splits, at_once * device.num_sms)
+        return rounds * at_once * device.num_sms / (programs * splits) + 0.01 * splits + 0.03 * (splits > 1)
 
-    return min(range(1, 4), key=cost)
+    tiles = [(tile, 3)] if wide is None else [(tile, 3), (wide, 2)]
+    (tile, _), splits = min(itertools.product(tiles, range(1, 4)), key=cost)
+    return tile, splits
 
 
 def reduce_tile(splits: int, block_dv: int) -> tuple[int, int]:

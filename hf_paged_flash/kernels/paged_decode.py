@@ -226,11 +226,12 @@ def paged_decode(
     block_d = max(16, triton.next_power_of_2(head_dim))
     block_dv = max(16, triton.next_power_of_2(v_head_dim))
     device = configs.device_of(q)
-    tile = configs.decode_tile(block_d, block_dv, seqlen_q * group, q.dtype, device)
-    tiles_m = triton.cdiv(seqlen_q * group, tile.block_m)
-    most_splits = num_splits
-    if num_splits <= 0:
-        most_splits = configs.decode_splits(batch * num_kv_heads * tiles_m, device)
+    rows = seqlen_q * group
+    tile, most_splits = configs.decode_plan(batch * num_kv_heads, block_d, block_dv, rows, q.dtype, device)
+    tiles_m = triton.cdiv(rows, tile.block_m)
+    if num_splits > 0:
+        most_splits = num_splits
+    else:
         num_splits = max(1, min(most_splits, triton.cdiv(max_seqlen_k, 2 * tile.block_n)))
     split = most_splits > 1  # num_splits grows with the table: one compilation serves every length
     partial_out, partial_lse = out, lse

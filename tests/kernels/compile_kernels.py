@@ -53,6 +53,7 @@ class Case:
     bias: bool = False
     alibi: bool = False
     dropout_p: float = 0.0
+    batch: int = 2
 
     @property
     def id(self) -> str:
@@ -61,7 +62,7 @@ class Case:
         if self.op in ("flash_forward", "flash_backward"):
             parts.append("causal" if self.causal else "full")
         elif self.op == "paged_decode":
-            parts += [f"group{self.group}", f"q{self.seqlen_q}"]
+            parts += [f"group{self.group}", f"q{self.seqlen_q}"] + ([f"rows{self.batch}"] if self.batch > 2 else [])
         parts += ["window"] if self.window_left >= 0 else []
         parts += ["softcap"] if self.softcap > 0 else []
         parts += ["bias"] * self.bias + ["alibi"] * self.alibi + ["dropout"] * (self.dropout_p > 0.0)
@@ -98,6 +99,9 @@ def representative() -> list[Case]:
         cases += [_decode(90, "bf16", d, group=8, seqlen_q=16, **EVERYTHING)]
         cases += [_forward(arch, "bf16", d, packed=True) for arch in (86, 120)]
     cases += [_forward(75, "fp32", 256, page_size=16), _decode(75, "fp32", 256), _decode(90, "bf16", 128, group=1)]
+    for arch, page_size in itertools.product((90, 100), (16, 256)):
+        cases += [_decode(arch, "bf16", 128, batch=64, page_size=page_size)]
+    cases += [_decode(90, "bf16", 128, batch=64, group=8, seqlen_q=2, **EVERYTHING)]
     cases += [_forward(90, "fp16", 128, page_size=64, packed=True, **EVERYTHING)]
     cases += [_forward(90, "bf16", 128, causal=False)]
     cases += [Case(arch, op, "fp16", 128, page_size=16) for arch in (75, 90) for op in ("store_kv", "copy_blocks")]
@@ -137,6 +141,8 @@ def sweep() -> list[Case]:
             cases += [_forward(arch, dtype, d, **features, **shape) for features in MODIFIERS]
             cases += [_decode(arch, dtype, d, group=group, **shape) for group in (1, 4, 8)]
             cases += [_decode(arch, dtype, d, page_size=page_size, **shape) for page_size in (0, 64, 256)]
+            cases += [_decode(arch, dtype, d, batch=64, group=group, **shape) for group in (1, 4, 8)]
+            cases += [_decode(arch, dtype, d, batch=64, group=8, seqlen_q=2, **shape, **EVERYTHING)]
             cases += [_decode(arch, dtype, d, group=group, seqlen_q=16, **shape, **EVERYTHING) for group in (1, 2, 8)]
             cases += [Case(arch, "store_kv", dtype, d, page_size=16, **shape)]
     return cases
@@ -153,7 +159,7 @@ def _launch(case: Case) -> None:
     from hf_paged_flash.kernels.store_kv import store_kv
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[case.dtype]
-    batch, kv_heads, context = 2, 8, 8192
+    batch, kv_heads, context = case.batch, 8, 8192
 
     def tensor(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
