@@ -99,8 +99,8 @@ def representative() -> list[Case]:
         cases += [_decode(90, "bf16", d, group=8, seqlen_q=16, **EVERYTHING)]
         cases += [_forward(arch, "bf16", d, packed=True) for arch in (86, 120)]
     cases += [_forward(75, "fp32", 256, page_size=16), _decode(75, "fp32", 256), _decode(90, "bf16", 128, group=1)]
-    for arch, page_size in itertools.product((90, 100), (16, 256)):
-        cases += [_decode(arch, "bf16", 128, batch=64, page_size=page_size)]
+    for arch, (d, _), page_size in itertools.product((90, 100), HEAD_DIMS[:3], (16, 256)):
+        cases += [_decode(arch, "bf16", d, batch=64, page_size=page_size)]
     cases += [_decode(90, "bf16", 128, batch=64, group=8, seqlen_q=2, **EVERYTHING)]
     cases += [_forward(90, "fp16", 128, page_size=64, packed=True, **EVERYTHING)]
     cases += [_forward(90, "bf16", 128, causal=False)]
