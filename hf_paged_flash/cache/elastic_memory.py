@@ -12,7 +12,7 @@ from functools import cache
 import torch
 
 from ..errors import PagedFlashError
-from .kept_addresses import KeptAddresses
+from .kept_addresses import KeptAddresses, unmap
 
 
 class CudaDriver:
@@ -251,10 +251,9 @@ class _Range:
 
     def __init__(self, driver: CudaDriver, nbytes: int, addresses: KeptAddresses | None) -> None:
         self._driver = driver
-        self.address, self.nbytes = (
-            (driver.reserve(nbytes), nbytes) if addresses is None else addresses.take(driver, nbytes)
+        self.address, self.nbytes, self.pages = (
+            (driver.reserve(nbytes), nbytes, []) if addresses is None else addresses.take(driver, nbytes)
         )
-        self.pages: list = []
         # at exit the process takes all of it along, and the driver may be gone before us
         weakref.finalize(self, _free, driver, self.address, self.nbytes, self.pages, addresses).atexit = False
 
@@ -277,8 +276,9 @@ class _Range:
             raise
 
     def share(self, other: "_Range") -> None:
-        """Maps the pages of `other` here as well."""
+        """Maps the pages of `other` here as well, and no others."""
         driver = self._driver
+        self.cut(0)
         for index in range(len(other.pages)):
             page = driver.retain(other._page_address(index))
             try:
@@ -291,16 +291,10 @@ class _Range:
 
     def cut(self, count: int) -> None:
         """Unmaps all but the first `count` pages, which nothing may be using."""
-        _unmap(self._driver, self.address, self.pages, count)
+        unmap(self._driver, self.address, self.pages, count)
 
     def _page_address(self, index: int) -> int:
         return self.address + index * self._driver.granularity
-
-
-def _unmap(driver: CudaDriver, address: int, pages: list, keep: int) -> None:
-    while len(pages) > keep:
-        driver.unmap(address + (len(pages) - 1) * driver.granularity)
-        driver.release(pages.pop())
 
 
 def _free(driver: CudaDriver, address: int, nbytes: int, pages: list, addresses: KeptAddresses | None) -> None:
@@ -312,11 +306,11 @@ def _free(driver: CudaDriver, address: int, nbytes: int, pages: list, addresses:
         return
     if pages:
         driver.wait()  # kernels may still read them
-    _unmap(driver, address, pages, 0)
+    unmap(driver, address, pages, 0 if addresses is None else addresses.pages)
     if addresses is None:
         driver.free(address, nbytes)
     else:
-        addresses.keep(driver, address, nbytes)
+        addresses.keep(driver, address, nbytes, pages)
 
 
 def _free_abandoned(driver: CudaDriver) -> None:

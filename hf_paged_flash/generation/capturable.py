@@ -1,11 +1,11 @@
-"""Which models' forwards can be captured as a graph, and what a captured forward depends on."""
+"""Which models' forwards can be captured as a graph."""
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from .. import backend
+from .looking import look_at
 
 _aten = torch.ops.aten
 # the host needs what they compute
@@ -21,10 +21,8 @@ _WAITING = {
     _aten._unique2.default,
 }
 _WRITES = {_aten.index_put.default, _aten.index_put_.default}
-_OF_EVERY_MODULE = set(vars(nn.Module()))
 _INERT_HOOKS = ("transformers.utils.output_capturing",)  # they collect what nobody has asked for
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
-_MOST_ITEMS = 64
 
 
 class NotCapturable(Exception):
@@ -47,15 +45,15 @@ def obstacle(model: PreTrainedModel, generation_config) -> str | None:
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not getattr(quantizer, "is_compileable", False):
         return f"{type(quantizer).__name__} can't be compiled, nor captured"
-    return _obstacle_in(model)
-
-
-def _obstacle_in(model: PreTrainedModel) -> str | None:
     torch_module = torch.nn.modules.module
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return "there are hooks on the forwards of all modules"
+    return look_at(model).of(_obstacle_in)
+
+
+def _obstacle_in(model: PreTrainedModel) -> str | None:
     devices, hooked = set(), None
-    for name, module in model.named_modules():  # once: in large models it takes milliseconds
+    for name, module in model.named_modules():
         for parameter in module._parameters.values():
             if parameter is not None:
                 devices.add(parameter.device)
@@ -74,32 +72,6 @@ def _hook_on(name: str, module: nn.Module) -> str | None:
         if any(hook.__module__ not in _INERT_HOOKS for hook in getattr(module, kind).values()):
             return f"`{name}` has a forward hook, which a graph would not run"
     return None
-
-
-def fingerprint(model: PreTrainedModel) -> tuple:
-    """What a captured forward of `model` has taken in for good: addresses of weights, every plain value around them.
-
-    Adapters, their scales and whether they are merged or switched off are such values, and so are the configuration,
-    with the implementations it names. Weights that change in place are none: a graph reads them anew.
-    """
-    parts = [
-        backend.backend(),
-        torch.get_float32_matmul_precision(),
-        torch.are_deterministic_algorithms_enabled(),
-    ]
-    configs: dict[int, PreTrainedConfig] = {}
-    for module in model.modules():
-        parts += id(module), module.training, id(type(module).forward)
-        for tensors in (module._parameters, module._buffers):
-            parts += [_plain(tensor) for tensor in tensors.values()]
-        for name, value in vars(module).items():
-            if name not in _OF_EVERY_MODULE:
-                parts.append(_plain(value))
-                if isinstance(value, PreTrainedConfig):
-                    configs[id(value)] = value
-    for config in configs.values():
-        parts.append(_plain(vars(config)))
-    return tuple(parts)
 
 
 class NoWaiting(TorchDispatchMode):
@@ -127,27 +99,3 @@ def _are_masks(indices: list[torch.Tensor | None]) -> bool:
 
 def _moves(source: torch.device, target: torch.device) -> bool:
     return (source.type == "cpu") != (target.type == "cpu")
-
-
-def _plain(value):
-    """A value that says whether `value` is still the same; None for what does not matter or can't be told."""
-    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
-        return value
-    if isinstance(value, torch.Tensor):
-        return _address(value), value.dtype, tuple(value.shape)
-    if isinstance(value, dict) and len(value) <= _MOST_ITEMS:
-        return tuple((str(key), _plain(item)) for key, item in value.items())
-    if isinstance(value, (list, tuple)) and len(value) <= _MOST_ITEMS:
-        return tuple(map(_plain, value))
-    if isinstance(value, (set, frozenset)):
-        return tuple(sorted(map(str, value)))
-    if callable(value):
-        return id(value)  # a forward that somebody has replaced
-    return None
-
-
-def _address(tensor: torch.Tensor) -> int:
-    try:
-        return tensor.data_ptr()
-    except RuntimeError:  # tensors that are made of others
-        return id(tensor)

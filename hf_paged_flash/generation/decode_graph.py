@@ -27,8 +27,9 @@ from ..cache.kept_addresses import KeptAddresses
 from ..cache.paged_layer import PagedLayer
 from ..cache.prepared_forward import PackedTokens, static_forward
 from ..cache.step_buffers import StepBuffers
-from .capturable import NotCapturable, NoWaiting, fingerprint
+from .capturable import NotCapturable, NoWaiting
 from .compiled_forward import CompiledForward, CompileSettings
+from .looking import Look, look_at
 
 MAX_GRAPHS = 64  # of a model; the least recently used goes first
 MIN_WIDTH = 32  # blocks of the narrowest table
@@ -141,7 +142,7 @@ class DecodeGraphs:
         self.device = device
         self.addresses: dict[int, KeptAddresses] = defaultdict(KeptAddresses)
         self.lock = Lock()
-        self._fingerprint: tuple | None = None
+        self._look: Look | None = None
         self._widths: dict[tuple, tuple[int, ...]] = {}  # by kind of forward, of the last graph that was used
         self._like: _Like | None = None  # the caches of the model
         self._begin_anew()
@@ -161,11 +162,11 @@ class DecodeGraphs:
 
     def meet(self, model: PreTrainedModel) -> None:
         """Forgets what was captured if the model is not what it was."""
-        met = fingerprint(model)
-        if met != self._fingerprint:
+        look, seen = look_at(model), self._look
+        if look is not seen and (seen is None or look.fingerprint != seen.fingerprint):
             self._begin_anew()
-            self._like = self._like if self._fingerprint is None else None
-            self._fingerprint = met
+            self._like = self._like if seen is None else None
+        self._look = look
         self._widths.clear()
 
     def forward(
@@ -249,7 +250,7 @@ class DecodeGraphs:
             reason = f"it returns `{others[0]}`"
         elif not cache.groups.prepared.is_complete:
             reason = "not all layers take part in each of its forwards"
-        elif fingerprint(model) != self._fingerprint:
+        elif Look(model).fingerprint != self._look.fingerprint:
             reason = "its forward leaves something behind in its modules"
         if reason is not None:
             self.refusals[_name_of(kind)] = reason

@@ -20,6 +20,7 @@ from ..ops.flash_attn import MAX_DECODE_QUERIES
 from .capturable import NotCapturable, obstacle
 from .compiled_forward import CompileSettings
 from .decode_graph import PROMPT, STEP, DecodeGraphs, forget, graphs_of
+from .looking import looking_once
 from .short_prompt import last_columns, length_of
 
 LISTENING = 8  # steps after which the host asks anew which rows have finished
@@ -88,7 +89,8 @@ def decode_loop(
         if any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria):
             stopping_criteria = _Watched(stopping_criteria, loop.finished)
     try:
-        yield _InLoop(model, loop.forward), stopping_criteria
+        with looking_once():
+            yield _InLoop(model, loop.forward), stopping_criteria
     finally:
         _here.loop, _here.innermost = outer, around
         loop.close()

@@ -18,6 +18,7 @@ from transformers.generation.utils import GenerationMixin
 from ..cache import PagedCache
 from ..masks import MATRIX_CONFIGS
 from ..model_source import module_source, parts
+from .looking import look_at
 
 _UPDATE = re.compile(r"(\w+), (\w+) = \w*(?:past|cache)\w*\.update\([^()]*(?:\([^()]*\)[^()]*)*\)\n")
 # an encoder's keys, and what convolutions pad with, are in caches of their own
@@ -120,7 +121,6 @@ def _has_hooks(model: PreTrainedModel, modules: list[nn.Module]) -> bool:
 _OF_MODEL: dict[str, Callable[[PreTrainedModel, list[nn.Module]], bool]] = {
     "another attention than paged_flash": _attends_otherwise,
     "an encoder beside the decoder": lambda model, modules: model.config.is_encoder_decoder,
-    "steps of generation of the model's own": lambda model, modules: _has_own_steps(model),
     "a mask that the model works on": _works_on_its_mask,
     "attention in chunks": lambda model, modules: _has_chunks(model),
     "convolutions or recurrences over tokens": lambda model, modules: any(
@@ -146,6 +146,12 @@ def why_padded(
             return f"`{name}`"
     if model_kwargs.get("inputs_embeds") is not None:
         return "`inputs_embeds`"
+    if _has_own_steps(model):
+        return "steps of generation of the model's own"
+    return look_at(model).of(_why_of_model)
+
+
+def _why_of_model(model: PreTrainedModel) -> str | None:
     modules = list(model.modules())
     return next((name for name, holds in _OF_MODEL.items() if holds(model, modules)), None)
 

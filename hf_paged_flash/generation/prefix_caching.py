@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput, logging
 
 from ..cache import PagedCache
 from ..errors import ArgumentError
+from .looking import look_at
 from .packable import more_than_text, why_padded
 
 logger = logging.get_logger(__name__)
@@ -74,7 +75,7 @@ def enabled_cache(model: PreTrainedModel) -> PagedCache | None:
 def begin_rows(cache: PagedCache, model: PreTrainedModel) -> None:
     """Drops the rows of `cache`, whose full blocks stay known, for those of a call of `model`."""
     if not _are_weights_of(model, cache):  # another model's, or they were changed: their keys are others
-        cache.prefixes.weights = [(weakref.ref(x), _state_of(x)) for x in model.parameters()]
+        cache.prefixes.weights = [(weakref.ref(x), _state_of(x)) for x in look_at(model).parameters()]
         cache.reset()
     elif cache.columns:
         cache.release(np.arange(cache.batch_size))
@@ -85,7 +86,7 @@ def begin_rows(cache: PagedCache, model: PreTrainedModel) -> None:
 
 def _are_weights_of(model: PreTrainedModel, cache: PagedCache) -> bool:
     """Whether `cache` is of this model, and no weight was written to, replaced or moved since."""
-    told, weights = cache.prefixes.weights, list(model.parameters())
+    told, weights = cache.prefixes.weights, look_at(model).parameters()
     return len(told) == len(weights) and all(
         weight() is x and state == _state_of(x) for (weight, state), x in zip(told, weights, strict=True)
     )
@@ -109,12 +110,16 @@ def _root_of(model: PreTrainedModel) -> Hashable:
             tuple(getattr(module, "merged_adapters", ())),
             tuple(getattr(module, "scaling", {}).items()),
         )
-        for module in model.modules()
-        if isinstance(getattr(module, "active_adapters", None), list)  # a layer of PEFT's; models have a method
+        for module in (adapted() for adapted in look_at(model).of(_adapted))
     )
     device = model.device.type
     is_autocast = torch.is_autocast_enabled(device)
     return adapters, torch.get_autocast_dtype(device) if is_autocast else None
+
+
+def _adapted(model: PreTrainedModel) -> list[weakref.ref]:
+    """PEFT's layers; models have a method of that name."""
+    return [weakref.ref(x) for x in model.modules() if isinstance(getattr(x, "active_adapters", None), list)]
 
 
 def prefill(

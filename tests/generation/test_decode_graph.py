@@ -68,7 +68,7 @@ class TestReplays:
         batch = ragged_batch(LENGTHS)
         assert torch.equal(new_tokens(pair.paged, *batch), unpadded_runs(pair.eager))
         assert (recorders.captured, recorders.replayed) == (1, STEPS - 1), "the first step is the warm-up"
-        assert elastic.pages == 0, "the cache's memory is kept"
+        assert elastic.pages == len(elastic.ranges), "more than a page a layer of the cache's memory is kept"
         assert torch.equal(new_tokens(pair.paged, *batch), unpadded_runs(pair.eager))
         assert (recorders.captured, recorders.replayed) == (1, 2 * STEPS - 1)
 
@@ -254,7 +254,7 @@ class TestTheCache:
         gc.collect()
         del kept
         gc.collect()
-        assert elastic.pages == 0 and len(elastic.ranges) == first
+        assert elastic.pages == len(elastic.ranges) == first
         llama.paged.generate(input_ids, **options)
         assert recorders.captured == 2
 
@@ -311,7 +311,7 @@ class TestFinishedRows:
         for step, used in enumerate(watched, 1):
             lengths = [length + step for length, last in zip(LENGTHS, ended, strict=True) if last > step]
             assert used == sum(-(-length // 16) for length in lengths), step
-        assert elastic.pages == 0
+        assert elastic.pages == len(elastic.ranges)
 
     @pytest.mark.parametrize("kept", ["returned", "given"])
     def test_not_from_a_cache_that_is_kept(self, llama, recorders, elastic, watched, kept):

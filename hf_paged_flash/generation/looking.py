@@ -1,0 +1,197 @@
+"""A model as it was when somebody looked, and whether it still is: so long a captured forward of it holds.
+
+To read a large model's modules takes longer than to launch a graph of its forward; to see that none has changed takes
+a tenth of that.
+"""
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from itertools import chain
+from operator import itemgetter
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .. import backend
+
+Told = TypeVar("Told")
+
+_OF_EVERY_MODULE = set(vars(nn.Module()))
+_HELD = itemgetter("_modules", "_parameters", "_buffers")
+_HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks")
+_MOST_ITEMS = 64
+_PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
+
+
+class Look:
+    """What a captured forward of a model takes in for good: addresses of weights, every plain value around them.
+
+    Weights that change in place are none of it, a graph reads them anew. Adapters, their scales and whether they are
+    merged or switched off are plain values, and so is the configuration, with the implementations it names. A look
+    keeps neither the model nor a weight of it alive.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = weakref.ref(model)
+        self._settings = _settings()
+        self._modules = [_ModuleLook(module) for module in model.modules()]
+        self._tensors = [
+            (weakref.ref(tensor), _plain(tensor))
+            for module in model.modules()
+            for tensor in chain(module._parameters.values(), module._buffers.values())
+            if tensor is not None
+        ]
+        self._configs = [(config, _plain(vars(config))) for config in _configs(model)]
+        self._parameters = [weakref.ref(parameter) for parameter in model.parameters()]
+        self._told: dict[Callable, Any] = {}
+
+    def holds(self) -> bool:
+        """Whether the model is still so."""
+        if self._settings != _settings():
+            return False
+        try:
+            return (
+                all([look.holds() for look in self._modules])
+                and all([_plain(tensor()) == told for tensor, told in self._tensors])
+                and all([_plain(vars(config)) == told for config, told in self._configs])
+            )
+        except KeyError:  # an attribute is gone
+            return False
+
+    def of(self, tell: Callable[[PreTrainedModel], Told]) -> Told:
+        """`tell(model)`, which depends on nothing that may change while the look holds."""
+        if tell not in self._told:
+            self._told[tell] = tell(self._model())
+        return self._told[tell]
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter() for parameter in self._parameters]
+
+    @cached_property
+    def fingerprint(self) -> tuple:
+        """Equal for looks at the same modules in the same state, whatever hooks there are: graphs run none."""
+        modules = tuple(look.state for look in self._modules)
+        tensors, configs = (tuple(told for _, told in told_of) for told_of in (self._tensors, self._configs))
+        return self._settings, modules, tensors, configs
+
+
+class _ModuleLook:
+    """One module: its parts by identity, plain values by what they are."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+        values = vars(module)
+        own = {name: value for name, value in values.items() if name not in _OF_EVERY_MODULE}
+        plain = [name for name, value in own.items() if isinstance(value, _PLAIN)]
+        self._length = len(values)
+        self._plain = itemgetter("training", "training", *plain)
+        # by identity: functions that somebody may replace, and configurations, which a Look keeps
+        parts = [name for name, value in own.items() if callable(value) or isinstance(value, PreTrainedConfig)]
+        self._parts = itemgetter(*parts, parts[0]) if parts else None
+        self._others = [name for name in own if name not in {*plain, *parts}]
+        self._forward = type(module).forward
+        self._hooks = _ids(_HOOKS(values))
+        self.state = id(module), self._state(values), self._rest(values)
+
+    def holds(self) -> bool:
+        module = self._module()
+        if module is None:
+            return False
+        values = module.__dict__
+        return (
+            len(values) == self._length
+            and type(module).forward is self._forward
+            and self._state(values) == self.state[1]
+            and _ids(_HOOKS(values)) == self._hooks
+            and (not self._others or self._rest(values) == self.state[2])
+        )
+
+    def _state(self, values: dict) -> tuple:
+        parts = self._parts and tuple(map(id, self._parts(values)))
+        return self._plain(values), _ids(_HELD(values)), parts
+
+    def _rest(self, values: dict) -> tuple:
+        return tuple([_plain(values[name]) for name in self._others])
+
+
+def _ids(dicts: tuple[dict, ...]) -> tuple[int, ...]:
+    return tuple(map(id, chain.from_iterable(map(dict.values, dicts))))
+
+
+_looks: "weakref.WeakKeyDictionary[PreTrainedModel, Look]" = weakref.WeakKeyDictionary()
+_here = threading.local()  # `once`: looks by model's id, within `looking_once`
+
+
+def look_at(model: PreTrainedModel) -> Look:
+    """The same look as long as it holds."""
+    once = getattr(_here, "once", None)
+    look = None if once is None else once.get(id(model))
+    if look is None:
+        look = _looks.get(model)
+        if look is None or not look.holds():
+            look = _looks[model] = Look(model)
+        if once is not None:
+            once[id(model)] = look
+    return look
+
+
+@contextmanager
+def looking_once() -> Iterator[None]:
+    """Within it, in this thread, models are taken to stay as they were when they were looked at first."""
+    around = getattr(_here, "once", None)
+    _here.once = {}
+    try:
+        yield
+    finally:
+        _here.once = around
+
+
+def _settings() -> tuple:
+    return (
+        backend.backend(),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    found: dict[int, PreTrainedConfig] = {}
+
+    def collect(values: dict) -> None:
+        for value in values.values():
+            if isinstance(value, PreTrainedConfig) and id(value) not in found:
+                found[id(value)] = value
+                collect(vars(value))
+
+    for module in model.modules():
+        collect(vars(module))
+    return list(found.values())
+
+
+def _plain(value):
+    """A value that says whether `value` is still the same; None for what does not matter or can't be told."""
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, torch.Tensor):
+        return _address(value), value.dtype, tuple(value.shape)
+    if isinstance(value, dict) and len(value) <= _MOST_ITEMS:
+        return tuple([(str(key), _plain(item)) for key, item in value.items()])
+    if isinstance(value, (list, tuple)) and len(value) <= _MOST_ITEMS:
+        return tuple(map(_plain, value))
+    if isinstance(value, (set, frozenset)):
+        return tuple(sorted(map(str, value)))
+    if callable(value):
+        return id(value)  # a forward that somebody has replaced
+    return None
+
+
+def _address(tensor: torch.Tensor) -> int:
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:  # tensors that are made of others
+        return id(tensor)

@@ -1,0 +1,115 @@
+"""generation/looking.py: what of a model is noticed, and that nothing is read twice for nothing."""
+
+import gc
+import weakref
+from types import MethodType
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from hf_paged_flash import configure
+from hf_paged_flash.generation.looking import look_at, looking_once
+from tests.tiny_models import tiny_config
+
+
+@pytest.fixture
+def model():
+    model = LlamaForCausalLM(tiny_config("llama")).eval()
+    model.model.layers[0].scales = {"adapter": 1.0}
+    return model
+
+
+def _replace_layer(model):
+    model.model.layers[1] = type(model.model.layers[1])(model.config, 1)
+
+
+def _replace_weight(model):
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+
+
+def _move_weight(model):
+    model.lm_head.weight.data = model.lm_head.weight.data.clone()
+
+
+CHANGES = {
+    "a layer": _replace_layer,
+    "a weight": _replace_weight,
+    "a weight's memory": _move_weight,
+    "a dtype": lambda model: model.half(),
+    "training": lambda model: model.model.layers[1].mlp.train(),
+    "a number": lambda model: setattr(model.model.layers[0].self_attn, "scaling", 0.5),
+    "within a dict": lambda model: model.model.layers[0].scales.update(adapter=2.0),
+    "a new attribute": lambda model: setattr(model.model, "merged", False),
+    "no attribute": lambda model: delattr(model.model.layers[0], "scales"),
+    "a forward": lambda model: setattr(
+        model.lm_head, "forward", MethodType(lambda self, x: nn.Linear.forward(self, x), model.lm_head)
+    ),
+    "the configuration": lambda model: setattr(model.config, "_attn_implementation", "eager"),
+    "the matmul precision": lambda model: torch.set_float32_matmul_precision("high"),
+    "the backend": lambda model: configure(backend="reference"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_changes_are_noticed(model, change):
+    precision = torch.get_float32_matmul_precision()
+    look = look_at(model)
+    try:
+        assert look_at(model) is look
+        change(model)
+        other = look_at(model)
+        assert other is not look and other.fingerprint != look.fingerprint
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        configure(backend="auto")
+
+
+def test_values_of_weights_do_not_count(model):
+    look = look_at(model)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    assert look_at(model) is look
+
+
+def test_hooks_are_noticed_and_no_graph_depends_on_them(model):
+    look = look_at(model)
+    hook = model.lm_head.register_forward_hook(lambda *args: None)
+    hooked = look_at(model)
+    assert hooked is not look and hooked.fingerprint == look.fingerprint
+    hook.remove()
+    assert look_at(model) is not hooked
+
+
+def test_what_was_told_lasts_as_long_as_the_look(model):
+    asked = []
+
+    def tell(model):
+        asked.append(model)
+        return len(asked)
+
+    assert [look_at(model).of(tell) for _ in range(2)] == [1, 1]
+    model.lm_head.train()
+    assert look_at(model).of(tell) == 2
+
+
+def test_looking_once(model):
+    with looking_once():
+        look = look_at(model)
+        model.lm_head.train()
+        assert look_at(model) is look
+        with looking_once():  # an assistant's loop, within
+            assert look_at(model) is not look
+        assert look_at(model) is look
+    assert look_at(model) is not look
+
+
+def test_models_are_not_kept():
+    model = LlamaForCausalLM(tiny_config("llama"))  # fixtures are kept by pytest
+    look, reference, weight = look_at(model), weakref.ref(model), weakref.ref(model.lm_head.weight)
+    model.layers_of_mine = [model.model]
+    look_at(model)
+    del model
+    gc.collect()
+    assert reference() is None and weight() is None and not look.holds()
