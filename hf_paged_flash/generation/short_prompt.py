@@ -9,9 +9,9 @@ import numpy as np
 from ..cache.forward_step import to_device
 from ..cache.prepared_forward import PackedTokens
 
-LENGTHS = (16, 32, 64, 128)
+LENGTHS = (16, 32, 64, 128, 256, 384, 512)
 # Columns of all rows, for which a forward reads its weights at least as long as it computes, on GPUs of today; more of
-# them where half are tokens.
+# them where half are tokens: what is computed for nothing takes less than launching does.
 FREE_COLUMNS, MOST_COLUMNS = 256, 1024
 
 

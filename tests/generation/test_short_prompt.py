@@ -66,6 +66,17 @@ def test_other_lengths_of_the_same_bucket(prompts):
     assert prompts == [None, "warm-up", "warm-up", "replay", "replay"] or prompts[-1] == "replay"
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_hundreds_of_tokens(model_type, prompts):
+    """Many times a window; a second turn of as many."""
+    paged, eager = models(model_type)
+    for seed, lengths in enumerate([(380, 290), (260, 384), (300, 301), (384, 1)]):
+        input_ids, mask = ragged_batch(lengths, "left", seed=seed)
+        expected = generate(eager, input_ids, mask, max_new_tokens=3)
+        assert torch.equal(generate(paged, input_ids, mask, max_new_tokens=3), expected), lengths
+    assert prompts[-1] == "replay"
+
+
 def test_one_new_token_a_call(prompts):
     """No step is ever taken, and prompts are replayed all the same."""
     paged, eager = models("llama")
@@ -180,7 +191,8 @@ def test_another_model_shape_of_the_same_object(prompts):
 @pytest.mark.parametrize(
     "counts, length",
     [
-        ([1], 16), ([16], 16), ([17], 32), ([128], 128), ([129], None), ([0], None), ([5, 0], None),
+        ([1], 16), ([16], 16), ([17], 32), ([128], 128), ([129], 256), ([257], 384), ([512], 512),
+        ([513], None), ([0], None), ([5, 0], None),
         ([128, 1], 128), ([128, 1, 1], None), ([128] * 8, 128), ([128] * 9, None), ([16] * 64, 16), ([1] * 64, None),
     ],
 )  # fmt: skip
