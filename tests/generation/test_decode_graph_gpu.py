@@ -94,7 +94,7 @@ def test_verify_steps(model_type, graphs):
 
 
 def test_a_later_call_replays_the_same_graph(graphs, monkeypatch):
-    """And the memory of the cache is given back in between: its addresses alone are kept."""
+    """And the memory of the cache is given back in between, but for a page a layer behind the addresses it had."""
     model = _wide()
     driver, pages = elastic_memory.driver_of(torch.device(DEVICE, 0)), []
     for name, change in (("create", 1), ("release", -1)):  # the device's free memory is other processes', too
@@ -104,9 +104,9 @@ def test_a_later_call_replays_the_same_graph(graphs, monkeypatch):
         reset_counters()
         new_tokens(model, *_batch(seed=seed))
         gc.collect()
+        assert sum(pages) == model.config.num_hidden_layers
     assert graphs.captured == 1 and graphs.replayed == 3 * (NEW_TOKENS - 1) - 1
     assert "paged_decode" not in counters().kernel, "a forward ran in Python"
-    assert len(pages) > 2 and sum(pages) == 0
 
 
 def test_growth_over_pages_and_tables(graphs, monkeypatch):
