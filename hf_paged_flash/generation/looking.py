@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain
-from operator import itemgetter
+from operator import is_, itemgetter
 from typing import Any, TypeVar
 
 import torch
@@ -37,17 +37,17 @@ class Look:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        modules = list(model.modules())
         self._model = weakref.ref(model)
         self._settings = _settings()
-        self._modules = [_ModuleLook(module) for module in model.modules()]
+        self._modules = [_ModuleLook(module) for module in modules]
         self._tensors = [
             (weakref.ref(tensor), _plain(tensor))
-            for module in model.modules()
+            for module in modules
             for tensor in chain(module._parameters.values(), module._buffers.values())
             if tensor is not None
         ]
-        self._configs = [(config, _plain(vars(config))) for config in _configs(model)]
-        self._parameters = [weakref.ref(parameter) for parameter in model.parameters()]
+        self._configs = [(config, _plain(vars(config))) for config in _configs(modules)]
         self._told: dict[Callable, Any] = {}
 
     def holds(self) -> bool:
@@ -69,9 +69,6 @@ class Look:
             self._told[tell] = tell(self._model())
         return self._told[tell]
 
-    def parameters(self) -> list[nn.Parameter]:
-        return [parameter() for parameter in self._parameters]
-
     @cached_property
     def fingerprint(self) -> tuple:
         """Equal for looks at the same modules in the same state, whatever hooks there are: graphs run none."""
@@ -89,34 +86,42 @@ class _ModuleLook:
         own = {name: value for name, value in values.items() if name not in _OF_EVERY_MODULE}
         plain = [name for name, value in own.items() if isinstance(value, _PLAIN)]
         self._length = len(values)
-        self._plain = itemgetter("training", "training", *plain)
+        self._plain = itemgetter("training", "training", *plain)  # of two at least: of one it makes no tuple
         # by identity: functions that somebody may replace, and configurations, which a Look keeps
         parts = [name for name, value in own.items() if callable(value) or isinstance(value, PreTrainedConfig)]
         self._parts = itemgetter(*parts, parts[0]) if parts else None
         self._others = [name for name in own if name not in {*plain, *parts}]
         self._forward = type(module).forward
         self._hooks = _ids(_HOOKS(values))
-        self.state = id(module), self._state(values), self._rest(values)
+        self.state = id(module), self._plain(values), self._identities(values), self._rest(values)
 
     def holds(self) -> bool:
         module = self._module()
         if module is None:
             return False
         values = module.__dict__
+        _, plain, identities, rest = self.state
         return (
             len(values) == self._length
             and type(module).forward is self._forward
-            and self._state(values) == self.state[1]
+            and _are_same(self._plain(values), plain)
+            and self._identities(values) == identities
             and _ids(_HOOKS(values)) == self._hooks
-            and (not self._others or self._rest(values) == self.state[2])
+            and (not self._others or self._rest(values) == rest)
         )
 
-    def _state(self, values: dict) -> tuple:
-        parts = self._parts and tuple(map(id, self._parts(values)))
-        return self._plain(values), _ids(_HELD(values)), parts
+    def _identities(self, values: dict) -> tuple:
+        return _ids(_HELD(values)), self._parts and tuple(map(id, self._parts(values)))
 
     def _rest(self, values: dict) -> tuple:
         return tuple([_plain(values[name]) for name in self._others])
+
+
+def _are_same(values: tuple, plain: tuple) -> bool:
+    """Whether `values` are the `plain` ones; a tensor in the place of one is not compared, which may fail or wait."""
+    if all(map(is_, values, plain)):
+        return True
+    return all([isinstance(value, _PLAIN) for value in values]) and values == plain
 
 
 def _ids(dicts: tuple[dict, ...]) -> tuple[int, ...]:
@@ -159,7 +164,7 @@ def _settings() -> tuple:
     )
 
 
-def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+def _configs(modules: list[nn.Module]) -> list[PreTrainedConfig]:
     found: dict[int, PreTrainedConfig] = {}
 
     def collect(values: dict) -> None:
@@ -168,7 +173,7 @@ def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
                 found[id(value)] = value
                 collect(vars(value))
 
-    for module in model.modules():
+    for module in modules:
         collect(vars(module))
     return list(found.values())
 

@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput, logging
 
 from ..cache import PagedCache
 from ..errors import ArgumentError
-from .looking import look_at
+from .looking import look_at, looking_once
 from .packable import more_than_text, why_padded
 
 logger = logging.get_logger(__name__)
@@ -65,17 +65,18 @@ def enabled_cache(model: PreTrainedModel) -> PagedCache | None:
     cache = _enabled.get(model)
     if cache is None:
         return None
-    if cache.prefixes.weights and not _are_weights_of(model, cache):  # of another device or dtype, perhaps
-        kept = cache.group.store.kept_memory or True
-        cache.__dict__.update(vars(PagedCache(cache.config, cache.group.block_size, prefix_caching=kept)))
-    begin_rows(cache, model)
+    with looking_once():
+        if cache.prefixes.weights and not _are_weights_of(model, cache):  # of another device or dtype, perhaps
+            kept = cache.group.store.kept_memory or True
+            cache.__dict__.update(vars(PagedCache(cache.config, cache.group.block_size, prefix_caching=kept)))
+        begin_rows(cache, model)
     return cache.fork()
 
 
 def begin_rows(cache: PagedCache, model: PreTrainedModel) -> None:
     """Drops the rows of `cache`, whose full blocks stay known, for those of a call of `model`."""
     if not _are_weights_of(model, cache):  # another model's, or they were changed: their keys are others
-        cache.prefixes.weights = [(weakref.ref(x), _state_of(x)) for x in look_at(model).parameters()]
+        cache.prefixes.weights = [(weight, _state_of(weight())) for weight in look_at(model).of(_weights)]
         cache.reset()
     elif cache.columns:
         cache.release(np.arange(cache.batch_size))
@@ -86,10 +87,14 @@ def begin_rows(cache: PagedCache, model: PreTrainedModel) -> None:
 
 def _are_weights_of(model: PreTrainedModel, cache: PagedCache) -> bool:
     """Whether `cache` is of this model, and no weight was written to, replaced or moved since."""
-    told, weights = cache.prefixes.weights, look_at(model).parameters()
+    told, weights = cache.prefixes.weights, [weight() for weight in look_at(model).of(_weights)]
     return len(told) == len(weights) and all(
         weight() is x and state == _state_of(x) for (weight, state), x in zip(told, weights, strict=True)
     )
+
+
+def _weights(model: PreTrainedModel) -> list[weakref.ref]:
+    return [weakref.ref(x) for x in model.parameters()]
 
 
 def _state_of(x: torch.Tensor) -> tuple:

@@ -40,6 +40,7 @@ CHANGES = {
     "a dtype": lambda model: model.half(),
     "training": lambda model: model.model.layers[1].mlp.train(),
     "a number": lambda model: setattr(model.model.layers[0].self_attn, "scaling", 0.5),
+    "a tensor for a number": lambda model: setattr(model.model.layers[0].self_attn, "scaling", torch.ones(2)),
     "within a dict": lambda model: model.model.layers[0].scales.update(adapter=2.0),
     "a new attribute": lambda model: setattr(model.model, "merged", False),
     "no attribute": lambda model: delattr(model.model.layers[0], "scales"),
