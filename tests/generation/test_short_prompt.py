@@ -68,7 +68,7 @@ def test_other_lengths_of_the_same_bucket(prompts):
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
 def test_hundreds_of_tokens(model_type, prompts):
-    """Many times a window; a second turn of as many."""
+    """Many times a window."""
     paged, eager = models(model_type)
     for seed, lengths in enumerate([(380, 290), (260, 384), (300, 301), (384, 1)]):
         input_ids, mask = ragged_batch(lengths, "left", seed=seed)
