@@ -57,6 +57,10 @@ CONFIGS = {
         text_config=_TEXT | dict(model_type="gemma"), vision_config=_VISION | dict(num_image_tokens=16),
         image_token_index=IMAGE_TOKEN, projection_dim=64,
     ),
+    "llava": dict(
+        text_config=_TEXT | dict(model_type="llama"), vision_config=_VISION | dict(model_type="clip_vision_model"),
+        image_token_index=IMAGE_TOKEN, vision_feature_layer=-1, projection_dim=64,
+    ),
     "pixtral": _VISION,
     "qwen2_vl": _QWEN | dict(
         text_config=_QWEN_TEXT,

@@ -30,6 +30,7 @@ from ..cache.step_buffers import StepBuffers
 from .capturable import NotCapturable, NoWaiting
 from .compiled_forward import CompiledForward, CompileSettings
 from .looking import Look, look_at
+from .media import MOVED, of_text
 
 MAX_GRAPHS = 64  # of a model; the least recently used goes first
 MIN_WIDTH = 32  # blocks of the narrowest table
@@ -94,7 +95,7 @@ class _Graph:
 
     def capture(self, capturer, run: Run, cache: PagedCache) -> None:
         outputs, replay = capturer.capture(run)
-        self._fields = {name: None if value is cache else value for name, value in outputs.items()}
+        self._fields = {name: None if value is cache else value for name, value in outputs.items() if name != MOVED}
         self._outputs, self.replay = type(outputs), replay
 
     def outputs(self, cache: PagedCache) -> ModelOutput:
@@ -188,6 +189,7 @@ class DecodeGraphs:
             NotCapturable: the forward has not run, nothing has changed.
             CacheFullError: as `update()` of the cache.
         """
+        inputs = of_text(inputs)
         tensors, constants = _sorted_out(inputs, cache)
         batch, q_length = inputs["input_ids"].shape
         if packed is not None:
@@ -244,7 +246,7 @@ class DecodeGraphs:
             inputs = inputs | {"attention_mask": ones}
         with self._refusing(_name_of(kind)), NoWaiting():
             outputs = model(**inputs)
-        others = [name for name, value in outputs.items() if value is not cache and name != "logits"]
+        others = [name for name, value in outputs.items() if value is not cache and name not in ("logits", MOVED)]
         reason = None
         if others:
             reason = f"it returns `{others[0]}`"

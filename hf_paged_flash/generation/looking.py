@@ -18,10 +18,12 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .. import backend
+from .media import MOVED
 
 Told = TypeVar("Told")
 
-_OF_EVERY_MODULE = set(vars(nn.Module()))
+# a forward that collects hidden states leaves hooks, which no graph runs, and a mark that they are there
+_NOT_LOOKED_AT = {*vars(nn.Module()), MOVED, "_output_capturing_hooks_installed"}
 _HELD = itemgetter("_modules", "_parameters", "_buffers")
 _HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks")
 _MOST_ITEMS = 64
@@ -83,7 +85,7 @@ class _ModuleLook:
     def __init__(self, module: nn.Module) -> None:
         self._module = weakref.ref(module)
         values = vars(module)
-        own = {name: value for name, value in values.items() if name not in _OF_EVERY_MODULE}
+        own = {name: value for name, value in values.items() if name not in _NOT_LOOKED_AT}
         plain = [name for name, value in own.items() if isinstance(value, _PLAIN)]
         self._length = len(values)
         self._plain = itemgetter("training", "training", *plain)  # of two at least: of one it makes no tuple

@@ -13,11 +13,9 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import DeferredStopCheck
 
 from hf_paged_flash import CacheFullError, PagedCache, disable_prefix_caching, enable_prefix_caching
-from hf_paged_flash.cache import elastic_memory
 from hf_paged_flash.generation import decode_graph
 from hf_paged_flash.patches import deferred_stops
 from hf_paged_flash.patches.base import cache_name
-from tests.cache.fake_driver import FakeDriver
 from tests.integration.models import LENGTHS, NEW_TOKENS, new_tokens, unpadded_runs
 from tests.tiny_models import ragged_batch, tiny_config, tiny_model
 
@@ -47,19 +45,6 @@ def _without_waiting(pair):
     if "gpt_oss" in pair.paged.config.model_type:
         pair.paged.set_experts_implementation("batched_mm")  # as generate() does on a GPU
     return pair
-
-
-@pytest.fixture
-def elastic(recorders, monkeypatch):
-    """Pools that grow in place, as on a GPU."""
-    driver = FakeDriver(4096, 2**24)
-    monkeypatch.setattr(elastic_memory, "driver_of", lambda device: driver)
-    recorders.elastic = True
-    yield driver
-    decode_graph._of_models.clear()
-    if driver.ranges:
-        gc.collect()
-    assert (driver.pages, driver.handles, driver.ranges) == (0, 0, {}), "addresses outlive the model's graphs"
 
 
 class TestReplays:
