@@ -1,7 +1,7 @@
 """`generate()` of a model under "paged_flash" builds a PagedCache where it would build a DynamicCache.
 
 Why: `cache_implementation` knows a fixed set of names, and "paged" already means continuous batching there. A cache
-that the caller passed or named, and `use_cache=False`, are left alone; but one with `prefix_caching` begins new rows.
+that the caller passed or named, and `use_cache=False`, are left alone.
 """
 
 from transformers import DynamicCache, EncoderDecoderCache
@@ -11,17 +11,12 @@ from transformers.utils import logging
 
 from hf_paged_flash.errors import UnsupportedFeatureError
 from hf_paged_flash.patches.base import Patch, cache_name
-from hf_paged_flash.patches.prefix_caching import prefix_cache
 
 logger = logging.get_logger(__name__)
 
 
 def _prepare_cache(original, self, generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs):
-    from hf_paged_flash.generation import prefix_caching
-
     given = model_kwargs.get(cache_name(model_kwargs))
-    if prefix_cache(model_kwargs) is not None and not generation_config.is_assistant:
-        prefix_caching.begin_rows(given, self)
     result = original(self, generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs)
     name = cache_name(model_kwargs)
     built = model_kwargs.get(name)

@@ -1,7 +1,7 @@
 """`generate()` with a cache that has `prefix_caching` computes of a prompt what is not known of it.
 
-Why: what a prompt begins with is known before the prefill, and what was generated when the call ends; no public hook
-lies at either place.
+Why: a call begins new rows whatever the cache holds, what a prompt begins with is known before the prefill, and what
+was generated when the call ends; no public hook lies at any of these places.
 """
 
 from transformers.generation.utils import GenerationMixin
@@ -19,14 +19,24 @@ def prefix_cache(model_kwargs: dict):
     return cache if isinstance(cache, PagedCache) and cache.prefixes is not None else None
 
 
+def _prepare_generation_config(original, self, generation_config, **kwargs):
+    config, model_kwargs = original(self, generation_config, **kwargs)
+    cache = prefix_cache(model_kwargs)
+    if cache is not None and not config.is_assistant:
+        from hf_paged_flash.generation import prefix_caching
+
+        prefix_caching.begin_rows(cache, self)
+    return config, model_kwargs
+
+
 def _prefill(original, self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
     cache = prefix_cache(model_kwargs)
 
-    def run():
+    def run(model_kwargs):
         return original(self, input_ids, generation_config, model_kwargs, is_first_iteration)
 
     if cache is None:
-        return run()
+        return run(model_kwargs)
     from hf_paged_flash.generation import prefix_caching
 
     return prefix_caching.prefill(run, self, input_ids, cache, generation_config, model_kwargs)
@@ -38,11 +48,19 @@ def _sample(original, self, input_ids, *args, **kwargs):
     if cache is not None:
         from hf_paged_flash.generation import prefix_caching
 
-        prefix_caching.keep_answers(cache, result, input_ids.shape[1], kwargs.get("attention_mask"))
+        prefix_caching.keep_answers(cache, result, input_ids.shape[1])
     return result
 
 
 PREFIX_CACHING = (
+    Patch(
+        owner=lambda: GenerationMixin,
+        name="_prepare_generation_config",
+        parameters=("self", "generation_config", "kwargs"),
+        wrapper=_prepare_generation_config,
+        reason="a call begins new rows before positions are counted from the cache's",
+        checked=_CHECKED,
+    ),
     Patch(
         owner=lambda: GenerationMixin,
         name="_prefill",

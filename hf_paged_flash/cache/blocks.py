@@ -220,7 +220,7 @@ class Blocks:
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(state["block_size"], state["max_blocks"])
-        self.index = PrefixIndex(self.block_size) if state["has_index"] else None
+        self.index = PrefixIndex() if state["has_index"] else None
         self.resize(state["num_blocks"])
 
 

@@ -47,7 +47,7 @@ class PageStore:
 
     def keep_prefixes(self, kept_memory: int | None) -> None:
         """Makes an index of prefixes over the blocks; see `kept_memory`."""
-        self.blocks.index = PrefixIndex(self.blocks.block_size)
+        self.blocks.index = PrefixIndex()
         self.kept_memory = kept_memory
 
     def set_cap(self, max_blocks: int | None) -> None:

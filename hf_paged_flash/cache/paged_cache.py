@@ -18,6 +18,7 @@ from .page_group import PageGroup
 from .page_groups import PageGroups
 from .paged_layer import PagedLayer
 from .prefixes import Prefixes
+from .prompt_row import PromptRow
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -81,7 +82,8 @@ class PagedCache(Cache):
         self.groups, layers = make_layers(config, block_size, num_blocks, max_memory, dtype)
         self.config, self.dtype = config, dtype
         self.prefixes: Prefixes | None = None
-        self.prefix_root: Hashable = None  # of the rows that a `generate()` call has begun, in the index of prefixes
+        # the rows that a `generate()` call has begun, and their root in the index of prefixes
+        self.prompts: tuple[Hashable, list[PromptRow]] | None = None
         super().__init__(layers=layers)
         if prefix_caching not in (False, None):
             self.prefixes = Prefixes(self.groups, config)

@@ -8,9 +8,9 @@ import numpy as np
 class PrefixIndex:
     """A tree of full blocks in which the path from a root spells the tokens that a block's keys and values stand for.
 
-    The tokens themselves are compared, no hash of them: a block is never taken for another one. Whatever else keys and
-    values depend on (the adapters that are on) chooses the root. The tree is a dict of numbers and bytes, which the
-    garbage collector does not look at: it may be large.
+    The tokens themselves are compared, no hash of them: a block is never taken for another one (`PromptRow` says what
+    else is). What keys and values of all tokens depend on, the adapters that are on, chooses the root. The tree is a
+    dict of numbers and bytes, which the garbage collector does not look at: it may be large.
 
     `Blocks` counts a reference for each block in here: its contents stay as long, whoever writes to it gets a copy.
     Along a path the parent was always used after its child, so that the least recently used blocks are leaves.
@@ -19,8 +19,7 @@ class PrefixIndex:
         used_at: int64 (num_blocks,), when a block was last looked for, counted in blocks; -1 for those not in here.
     """
 
-    def __init__(self, block_size: int) -> None:
-        self.block_size = block_size
+    def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
@@ -34,11 +33,6 @@ class PrefixIndex:
 
     def __len__(self) -> int:
         return len(self._keys)
-
-    def full_blocks(self, tokens: np.ndarray) -> list[bytes]:
-        """What the full blocks of `tokens`, integers (n,), hold."""
-        data, size = np.ascontiguousarray(tokens, np.int32).tobytes(), 4 * self.block_size
-        return [data[start : start + size] for start in range(0, len(data) // size * size, size)]
 
     def find(self, root: Hashable, tokens: Sequence[bytes]) -> np.ndarray:
         """The blocks of the first of these full blocks' `tokens` that are known, int64 (n,), and used now."""

@@ -10,6 +10,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 from ..errors import UnsupportedFeatureError
 from .page_groups import PageGroups
 from .prefix_index import shared_in_batch
+from .prompt_row import PromptRow
 
 # RoPE whose frequencies follow the longest row of a forward: a token's key depends on what comes after it
 _ROPE_OF_LENGTHS = ("dynamic", "longrope")
@@ -38,16 +39,17 @@ class Prefixes:
         return vars(self) | {"weights": []}  # nothing that was kept comes along, nor does the model
 
     def start_rows(
-        self, groups: PageGroups, root: Hashable, rows: Sequence[np.ndarray], *, shares: bool
+        self, groups: PageGroups, root: Hashable, rows: Sequence[PromptRow], *, shares: bool
     ) -> np.ndarray:
-        """Begins rows for prompts, integers (n,) each, with the blocks that are known of them, but for the last token.
+        """Begins rows for prompts with the blocks that are known of them, but for the last token.
 
         The forward that comes computes the rest. What rows have in common it computes in one of them, if it `shares`.
         Returns the blocks that are known, int64, once for each row.
         """
-        blocks = groups[0].store.blocks
-        full = [blocks.index.full_blocks(tokens[:-1]) for tokens in rows]
-        found = [blocks.index.find(root, tokens) for tokens in full]
+        index, size = groups[0].store.blocks.index, groups[0].block_size
+        full = [row.full_blocks(size, -1) for row in rows]
+        found = [index.find(root, tokens) for tokens in full]
+        found = [known[: row.usable(len(known) * size) // size] for known, row in zip(found, rows, strict=True)]
         groups.start_from(found)
         if shares and len(rows) > 1:
             source, shared = shared_in_batch(full)
@@ -55,21 +57,21 @@ class Prefixes:
                 groups.sharing = source, shared
         return np.concatenate(found)
 
-    def count(self, groups: PageGroups, rows: Sequence[np.ndarray], known: np.ndarray) -> None:
+    def count(self, groups: PageGroups, rows: Sequence[PromptRow], known: np.ndarray) -> None:
         """Counts prompts whose prefill is over, and what it took from the `known` blocks or shared."""
         table = groups[0].manager.table
         blocks = table[table >= 0]
         computed = np.setdiff1d(blocks, known)
-        self.tokens_asked += sum(len(tokens) for tokens in rows)
+        self.tokens_asked += sum(map(len, rows))
         self.tokens_hit += (len(blocks) - len(computed)) * groups[0].block_size
 
-    def add(self, groups: PageGroups, root: Hashable, rows: Sequence[np.ndarray]) -> None:
-        """Keeps the full blocks of rows that hold these tokens, or the first of them."""
+    def add(self, groups: PageGroups, root: Hashable, rows: Sequence[PromptRow]) -> None:
+        """Keeps the full blocks of the cache's rows, which hold these tokens, or the first of them."""
         groups.sync_lengths()
         manager, blocks = groups[0].manager, groups[0].store.blocks
-        for row, tokens in enumerate(rows):
-            full = blocks.index.full_blocks(tokens[: manager.lengths[row]])
-            blocks.keep(root, full, manager.table[row, : len(full)])
+        for row, length, table in zip(rows, manager.lengths.tolist(), manager.table, strict=True):
+            full = row.full_blocks(groups[0].block_size, length)
+            blocks.keep(root, full, table[: len(full)])
 
 
 def _why_not(groups: PageGroups, config: PreTrainedConfig) -> str | None:

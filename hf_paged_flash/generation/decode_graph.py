@@ -30,7 +30,7 @@ from ..cache.step_buffers import StepBuffers
 from .capturable import NotCapturable, NoWaiting
 from .compiled_forward import CompiledForward, CompileSettings
 from .looking import Look, look_at
-from .media import MOVED, of_text
+from .media import MOVED, of_tokens
 
 MAX_GRAPHS = 64  # of a model; the least recently used goes first
 MIN_WIDTH = 32  # blocks of the narrowest table
@@ -189,7 +189,7 @@ class DecodeGraphs:
             NotCapturable: the forward has not run, nothing has changed.
             CacheFullError: as `update()` of the cache.
         """
-        inputs = of_text(inputs)
+        inputs = of_tokens(inputs)
         tensors, constants = _sorted_out(inputs, cache)
         batch, q_length = inputs["input_ids"].shape
         if packed is not None:

@@ -21,6 +21,7 @@ from .capturable import NotCapturable, obstacle
 from .compiled_forward import CompileSettings
 from .decode_graph import PROMPT, STEP, DecodeGraphs, forget, graphs_of
 from .looking import looking_once
+from .prefix_caching import seen_for
 from .short_prompt import last_columns, length_of
 
 LISTENING = 8  # steps after which the host asks anew which rows have finished
@@ -89,7 +90,7 @@ def decode_loop(
         if any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria):
             stopping_criteria = _Watched(stopping_criteria, loop.finished)
     try:
-        with looking_once():
+        with looking_once(*seen_for(cache)):
             yield _InLoop(model, loop.forward), stopping_criteria
     finally:
         _here.loop, _here.innermost = outer, around

@@ -40,7 +40,7 @@ class Look:
 
     def __init__(self, model: PreTrainedModel) -> None:
         modules = list(model.modules())
-        self._model = weakref.ref(model)
+        self._model, self.model_id = weakref.ref(model), id(model)
         self._settings = _settings()
         self._modules = [_ModuleLook(module) for module in modules]
         self._tensors = [
@@ -148,10 +148,10 @@ def look_at(model: PreTrainedModel) -> Look:
 
 
 @contextmanager
-def looking_once() -> Iterator[None]:
-    """Within it, in this thread, models are taken to stay as they were when they were looked at first."""
+def looking_once(*seen: Look) -> Iterator[None]:
+    """Within it, in this thread, models are taken to stay as they were when they were looked at first, or `seen`."""
     around = getattr(_here, "once", None)
-    _here.once = {}
+    _here.once = {look.model_id: look for look in seen}
     try:
         yield
     finally:

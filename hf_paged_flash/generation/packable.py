@@ -19,6 +19,7 @@ from ..cache import PagedCache
 from ..masks import MATRIX_CONFIGS
 from ..model_source import module_source, parts
 from .looking import look_at
+from .media import CONTENTS, LAYOUT, PLACES
 
 _UPDATE = re.compile(r"(\w+), (\w+) = \w*(?:past|cache)\w*\.update\([^()]*(?:\([^()]*\)[^()]*)*\)\n")
 # an encoder's keys, and what convolutions pad with, are in caches of their own
@@ -30,6 +31,7 @@ _OVERLAYS = re.compile(r"\bblock_sequence_ids\b|\bor_mask_function\b")
 _TAKEN = {"attention_mask", "dropout", "scaling", "sliding_window", "softcap", "s_aux", "position_ids", "is_causal"}
 # what the forward of a text may get beside numbers, names and nothing
 _UNDERSTOOD = {"input_ids", "attention_mask", "position_ids", "past_key_values", "cache", "logits_to_keep"}
+_UNDERSTOOD |= {*LAYOUT, PLACES}  # of use with images alone
 _OF_NO_ROW = (bool, int, float, str, torch.dtype, type(None))
 _STEPS = ("_prefill", "_update_model_kwargs_for_generation", "_sample", "_beam_search")
 _OF_LIBRARIES = {"accelerate", "peft", "torch", "transformers"}  # hooks of theirs keep to no row
@@ -165,14 +167,18 @@ def why_not_these(inputs: dict, cache: PagedCache) -> str | None:
         return "a model that takes no positions"
     if not any(inputs.get(name) is cache for name in ("past_key_values", "cache")):
         return "a model that starts another cache"
-    name = more_than_text(inputs)
+    name = of_rows(inputs, len(ids))
     return None if name is None else f"`{name}`, which may be of rows"
 
 
-def more_than_text(inputs: dict) -> str | None:
-    """What among a model's `inputs`, or generate()'s for it, may be of rows and is no text; None for nothing."""
+def of_rows(inputs: dict, rows: int) -> str | None:
+    """What among a model's `inputs`, or generate()'s for it, may be of one of `rows` rows alone; None for nothing.
+
+    Images of an only row are its own.
+    """
+    understood = _UNDERSTOOD | set(CONTENTS) if rows == 1 else _UNDERSTOOD
     for name, value in inputs.items():
         is_empty = isinstance(value, (dict, list, tuple)) and not value
-        if name not in _UNDERSTOOD and not (is_empty or isinstance(value, _OF_NO_ROW)):
+        if name not in understood and not (is_empty or isinstance(value, _OF_NO_ROW)):
             return name
     return None

@@ -16,6 +16,7 @@ from ..cache.forward_step import to_device
 from ..cache.prepared_forward import PackedTokens, packed_forward
 from ..errors import ArgumentError
 from .decode_loop import loop_of
+from .media import has_contents, of_tokens
 from .packable import why_not_these, why_padded
 from .short_prompt import LENGTHS
 
@@ -63,10 +64,15 @@ def packed_prefill(
     inputs = model.prepare_inputs_for_generation(
         input_ids, next_sequence_length=length, is_first_iteration=is_first_iteration, **model_kwargs
     )
-    if why_not_these(inputs, cache) or inputs["input_ids"].shape != new.shape:
+    has_images = has_contents(inputs)
+    if why_not_these(inputs, cache) or inputs["input_ids"].shape != new.shape or (has_images and chunk_size):
+        if is_ragged and not columns:  # what is known of them is of no use
+            cache.groups.start_from([])
+            cache.groups.sharing = None
         return None
     check_new_tokens(new)
-    outputs = None if loop is None else loop.prefill(inputs, mask)
+    inputs = of_tokens(inputs)
+    outputs = None if loop is None or has_images else loop.prefill(inputs, mask)
     if outputs is not None or not is_padded:
         return outputs
     return _run(model, inputs, cache, mask, chunk_size)

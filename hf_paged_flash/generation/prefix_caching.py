@@ -9,16 +9,19 @@ from collections.abc import Callable, Hashable
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
 from ..cache import PagedCache
+from ..cache.prompt_row import Media, PromptRow
 from ..errors import ArgumentError
-from .looking import look_at, looking_once
-from .packable import more_than_text, why_padded
+from .looking import Look, look_at, looking_once
+from .media import has_contents, media_of, without_media
+from .packable import of_rows, why_padded
 
 logger = logging.get_logger(__name__)
 _enabled: weakref.WeakKeyDictionary[PreTrainedModel, PagedCache] = weakref.WeakKeyDictionary()
+_seen: weakref.WeakKeyDictionary[PagedCache, Look] = weakref.WeakKeyDictionary()  # of calls that have just begun
 
 
 def enable_prefix_caching(
@@ -65,16 +68,31 @@ def enabled_cache(model: PreTrainedModel) -> PagedCache | None:
     cache = _enabled.get(model)
     if cache is None:
         return None
-    with looking_once():
+    look = look_at(model)
+    with looking_once(look):
         if cache.prefixes.weights and not _are_weights_of(model, cache):  # of another device or dtype, perhaps
             kept = cache.group.store.kept_memory or True
             cache.__dict__.update(vars(PagedCache(cache.config, cache.group.block_size, prefix_caching=kept)))
-        begin_rows(cache, model)
-    return cache.fork()
+        _begin_rows(cache, model)
+    fork = cache.fork()
+    _seen[fork] = look
+    return fork
 
 
 def begin_rows(cache: PagedCache, model: PreTrainedModel) -> None:
     """Drops the rows of `cache`, whose full blocks stay known, for those of a call of `model`."""
+    look = _seen[cache] = look_at(model)
+    with looking_once(look):
+        _begin_rows(cache, model)
+
+
+def seen_for(cache: object) -> tuple[Look, ...]:
+    """The look at the model whose call has begun the rows of `cache`, once."""
+    look = _seen.pop(cache, None) if isinstance(cache, PagedCache) else None
+    return () if look is None else (look,)
+
+
+def _begin_rows(cache: PagedCache, model: PreTrainedModel) -> None:
     if not _are_weights_of(model, cache):  # another model's, or they were changed: their keys are others
         cache.prefixes.weights = [(weight, _state_of(weight())) for weight in look_at(model).of(_weights)]
         cache.reset()
@@ -82,7 +100,7 @@ def begin_rows(cache: PagedCache, model: PreTrainedModel) -> None:
         cache.release(np.arange(cache.batch_size))
     else:
         cache.group.store.shrink()
-    cache.prefix_root = None
+    cache.prompts = None
 
 
 def _are_weights_of(model: PreTrainedModel, cache: PagedCache) -> bool:
@@ -128,32 +146,35 @@ def _adapted(model: PreTrainedModel) -> list[weakref.ref]:
 
 
 def prefill(
-    run: Callable[[], ModelOutput],
+    run: Callable[[dict], ModelOutput],
     model: PreTrainedModel,
     input_ids: torch.Tensor,
     cache: PagedCache,
     generation_config: GenerationConfig,
     model_kwargs: dict,
 ) -> ModelOutput:
-    """`run()`, the packed prefill, of what is not known of the prompts; from then on it is.
+    """`run(model_kwargs)`, the packed prefill, of what is not known of the prompts; from then on it is.
 
     Raises:
         ArgumentError: a mask, or positions, of more columns than the prompts.
     """
-    cache.prefix_root = None
+    cache.prompts = None
     if cache.columns or generation_config.is_assistant:
-        return run()  # a forward of the user's, or one round of an assistant, began these rows
+        return run(model_kwargs)  # a forward of the user's, or one round of an assistant, began these rows
     _check_whole(input_ids, model_kwargs)
-    rows = _texts(input_ids, model_kwargs)
     reason = "a model in training" if model.training else why_padded(model, cache, generation_config, model_kwargs)
-    if rows is None or reason is not None:
-        if reason is not None:
-            logger.warning_once(f"prefixes of prompts to {type(model).__name__} are not looked up: {reason}")
-        return run()
+    if reason is not None:
+        logger.warning_once(f"prefixes of prompts to {type(model).__name__} are not looked up: {reason}")
+        return run(model_kwargs)
+    rows = _rows(input_ids, model_kwargs, model.config)
+    if rows is None:
+        return run(model_kwargs)
     prefixes, groups, root = cache.prefixes, cache.groups, _root_of(model)
     known = prefixes.start_rows(groups, root, rows, shares=generation_config.prefill_chunk_size is None)
+    if rows[0].holds_media(len(known) * groups[0].block_size):
+        model_kwargs = without_media(model_kwargs)
     try:
-        outputs = run()
+        outputs = run(model_kwargs)
     except BaseException:
         groups.start_from([])  # after some chunks a row may hold more than their columns
         raise
@@ -164,27 +185,24 @@ def prefill(
         return outputs  # there are others in front of them, as in prompt tuning
     prefixes.count(groups, rows, known)
     prefixes.add(groups, root, rows)
-    cache.prefix_root = root
+    cache.prompts = root, rows
     return outputs
 
 
-def keep_answers(
-    cache: PagedCache, result: torch.Tensor | ModelOutput, prompt: int, attention_mask: torch.Tensor | None
-) -> None:
-    """Makes known what a call's rows (B, columns) go on with after `prompt` columns, in which a mask tells the tokens.
+def keep_answers(cache: PagedCache, result: torch.Tensor | ModelOutput, prompt: int) -> None:
+    """Makes known what a call's rows (B, columns) go on with after the `prompt` columns of their prompts.
 
     A cache that nobody has after the call drops its rows.
     """
     is_plain = isinstance(result, torch.Tensor)
     sequences = result if is_plain else result.sequences
-    if cache.prefix_root is None or len(sequences) != cache.batch_size:
+    if cache.prompts is None or len(sequences) != cache.batch_size:
         return
-    sequences = sequences.cpu().numpy()
-    mask = np.ones(sequences.shape, bool)
-    if attention_mask is not None:
-        mask[:, :prompt] = attention_mask[:, :prompt].bool().cpu().numpy()
-    rows = [tokens[real] for tokens, real in zip(sequences, mask, strict=True)]
-    cache.prefixes.add(cache.groups, cache.prefix_root, rows)
+    root, prompts = cache.prompts
+    answers = sequences[:, prompt:].cpu().numpy()
+    times = len(answers) // len(prompts)  # sequences were asked for of each
+    rows = [prompts[index // times].followed_by(answer) for index, answer in enumerate(answers)]
+    cache.prefixes.add(cache.groups, root, rows)
     if is_plain and not getattr(cache, "_is_user_defined", False):
         cache.release(np.arange(cache.batch_size))
 
@@ -199,15 +217,29 @@ def _check_whole(input_ids: torch.Tensor, model_kwargs: dict) -> None:
         )
 
 
-def _texts(input_ids: torch.Tensor, model_kwargs: dict) -> list[np.ndarray] | None:
-    """The tokens of each row; None where keys and values depend on more than these and how many come before."""
+def _rows(input_ids: torch.Tensor, model_kwargs: dict, config: PreTrainedConfig) -> list[PromptRow] | None:
+    """The prompts; None where their keys and values depend on what is not compared."""
     mask, position_ids = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
-    if input_ids.dim() != 2 or (mask is not None and mask.shape != input_ids.shape) or more_than_text(model_kwargs):
+    if input_ids.dim() != 2 or (mask is not None and mask.shape != input_ids.shape):
         return None
-    mask = torch.ones_like(input_ids) if mask is None else mask
-    mask = mask.bool().cpu()
-    if position_ids is not None:
-        counted = (mask.long().cumsum(1) - 1).expand(*position_ids.shape[:-2], *mask.shape)
-        if not torch.equal(counted[..., mask], position_ids.cpu().expand_as(counted)[..., mask]):
+    if of_rows(model_kwargs, len(input_ids)) is not None:
+        return None
+    ids = input_ids.cpu().numpy()
+    media = None
+    if has_contents(model_kwargs):
+        media = media_of(ids[0], model_kwargs, config)
+        if media is None:
             return None
-    return [row[real] for row, real in zip(input_ids.cpu().numpy(), mask.numpy(), strict=True)]
+    mask = np.ones(ids.shape, bool) if mask is None else mask.bool().cpu().numpy()
+    positions = [None] * len(ids)
+    if position_ids is not None:  # (batch, columns) or, of several axes, (axes, batch, columns); of one row for all
+        position_ids = position_ids.cpu().expand(*position_ids.shape[:-2], *ids.shape)
+        positions = position_ids.reshape(-1, *ids.shape).permute(1, 2, 0).numpy()
+    return [_row(*row, media) for row in zip(ids, positions, mask, strict=True)]
+
+
+def _row(ids: np.ndarray, positions: np.ndarray | None, real: np.ndarray, media: Media | None) -> PromptRow:
+    """The `real` tokens of a row."""
+    if media is not None:
+        media = Media(media.places[real], media.digest)
+    return PromptRow.of(ids[real], None if positions is None else positions[real], media)

@@ -17,6 +17,7 @@ from hypothesis.stateful import (
 
 from hf_paged_flash.cache.block_manager import BlockManager
 from hf_paged_flash.cache.prefix_index import PrefixIndex, shared_in_batch
+from hf_paged_flash.cache.prompt_row import PromptRow
 from hf_paged_flash.errors import CacheFullError
 
 UNWRITTEN = -1
@@ -62,7 +63,7 @@ class Machine(RuleBasedStateMachine):
         manager = BlockManager(block_size, max_blocks)
         manager.start_rows(rows)
         self.blocks = manager.blocks
-        self.blocks.index, self.blocks.max_kept = PrefixIndex(block_size), max_kept
+        self.blocks.index, self.blocks.max_kept = PrefixIndex(), max_kept
         self.prompts = [[]]  # what was put in the index; it may have forgotten them
         self.forks = [Fork(manager, [[] for _ in range(rows)])]
         self.slots = np.full((0, block_size), UNWRITTEN)
@@ -168,7 +169,7 @@ class Machine(RuleBasedStateMachine):
         tokens = fork.rows[row]
         if fork.manager.first[row]:
             return  # models with sliding windows have no index
-        full = self.blocks.index.full_blocks(np.array(tokens))
+        full = PromptRow(np.array(tokens)).full_blocks(self.blocks.block_size)
         self.blocks.keep("root", full, fork.manager.table[row, : len(full)])
         self.prompts.append(list(tokens))
 
@@ -183,7 +184,7 @@ class Machine(RuleBasedStateMachine):
             for _ in range(count)
         ]
         self.next_token += 9
-        full = [index.full_blocks(np.array(prompt[:-1])) for prompt in prompts]
+        full = [PromptRow(np.array(prompt)).full_blocks(self.blocks.block_size, -1) for prompt in prompts]
         found = [index.find("root", tokens) for tokens in full]
         fork.manager.start_from(found)
         source, shared = shared_in_batch(full)

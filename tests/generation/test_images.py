@@ -4,7 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from tests.pattern_models import build, image_inputs
+from hf_paged_flash import PagedCache, disable_prefix_caching, enable_prefix_caching
+from hf_paged_flash.generation import prefix_caching
+from tests.pattern_models import IMAGE_TOKEN, build, image_inputs
 
 MODEL_TYPES = ("llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3")
 STEPS = 12
@@ -49,3 +51,117 @@ def test_steps_are_replayed(pair, model_type, recorders, elastic):
     before = recorders.replayed
     assert torch.equal(generate(paged, text), generate(eager, text))
     assert recorders.replayed >= before + STEPS - 2
+
+
+class TestPrefixCaching:
+    """One prompt with an image: 20 tokens, the image, 30 tokens and a question."""
+
+    @pytest.fixture(params=[name for name in MODEL_TYPES if name != "gemma3"])  # which has windows
+    def model_type(self, request):
+        return request.param
+
+    @pytest.fixture(params=["by the model", "by a cache"])
+    def cache(self, request, pair):
+        paged = pair[1]
+        if request.param == "by the model":
+            yield enable_prefix_caching(paged)
+            disable_prefix_caching(paged)
+        else:
+            yield PagedCache(paged.config, prefix_caching=True)
+
+    @pytest.fixture
+    def ask(self, pair, model_type, cache):
+        """Tokens of a prompt that are computed, and whether its image is; the answer is asserted to be eager's."""
+        eager, paged = pair
+        options = {} if prefix_caching._enabled.get(paged) is cache else {"past_key_values": cache}
+
+        def run(image: int, question: int, padding: int = 0, **more) -> tuple[int, bool]:
+            inputs = self.prompt(model_type, image, question, padding)
+            forwards = []
+            hook = paged.register_forward_pre_hook(lambda _, args, given: forwards.append(given), with_kwargs=True)
+            try:
+                ours = generate(paged, inputs, **options, **more)
+            finally:
+                hook.remove()
+            assert torch.equal(ours, generate(eager, inputs, **more))
+            return forwards[0]["input_ids"].numel(), forwards[0].get("pixel_values") is not None
+
+        return run
+
+    def prompt(self, model_type: str, image: int, question: int, padding: int) -> dict[str, torch.Tensor]:
+        inputs = prompts(model_type, image)
+        count = {"llava": 16}.get(model_type, 6)
+        places = [2] * 19 + [IMAGE_TOKEN + 2] + [IMAGE_TOKEN] * count + list(range(5, 35))
+        ids = torch.tensor([[0] * padding + places + list(range(question, question + 9))])
+        given = {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) >= padding).long()[None]}
+        if model_type == "llava":
+            return given | {"pixel_values": inputs["pixel_values"][:1]}
+        given |= {"pixel_values": inputs["pixel_values"][:24], "image_grid_thw": inputs["image_grid_thw"][:1]}
+        return given | {"mm_token_type_ids": (ids == IMAGE_TOKEN).int()}
+
+    def test_an_image_that_is_known_is_not_looked_at_again(self, ask, cache, model_type):
+        length = self.prompt(model_type, 1, 40, 0)["input_ids"].numel()
+        rest = length - (length - 9) // 16 * 16
+        assert ask(1, 40) == (length, True)
+        assert ask(1, 50) == (rest, False)
+        assert ask(1, 60, padding=3) == (rest, False)
+        assert ask(2, 40) == (length - 16, True), "the text in front of another image is known"
+        assert ask(2, 50) == (rest, False)
+        repeats_images = model_type != "llava"  # by code of its own: there are two rows, which are computed whole
+        assert ask(1, 40, num_beams=2) == ((2 * length, True) if repeats_images else (rest, False))
+        assert cache.memory().prefix_tokens_hit == (3 if repeats_images else 4) * (length - rest) + 16
+
+    def test_the_next_turn_knows_the_answer(self, pair, model_type, cache, ask):
+        ask(1, 40)
+        eager, paged = pair
+        inputs = self.prompt(model_type, 1, 40, 0)
+        answer = generate(eager, inputs)[:, inputs["input_ids"].shape[1] :]
+        turn = inputs | {"input_ids": torch.cat([inputs["input_ids"], answer, torch.arange(60, 70)[None]], 1)}
+        turn["attention_mask"] = torch.ones_like(turn["input_ids"])
+        if "mm_token_type_ids" in turn:
+            turn["mm_token_type_ids"] = (turn["input_ids"] == IMAGE_TOKEN).int()
+        options = {} if prefix_caching._enabled.get(paged) is cache else {"past_key_values": cache}
+        assert torch.equal(generate(paged, turn, **options), generate(eager, turn))
+        known = inputs["input_ids"].numel() + STEPS - 1  # the last token was never computed
+        assert cache.memory().prefix_tokens_hit == known // 16 * 16
+
+    def test_rows_with_images_are_computed_whole(self, pair, model_type, cache):
+        eager, paged = pair
+        for swapped in (False, True, False):
+            inputs = prompts(model_type, 1)
+            if swapped and model_type == "llava":
+                inputs["pixel_values"] = inputs["pixel_values"].flip(0)
+            assert torch.equal(generate(paged, inputs, past_key_values=cache), generate(eager, inputs))
+        assert cache.memory().prefix_tokens_hit == 0
+
+
+class TestPacked:
+    """Padding is not computed."""
+
+    @pytest.fixture
+    def computed(self, pair):
+        counts = []
+        pair[1].register_forward_pre_hook(
+            lambda _, args, given: counts.append(given["input_ids"].numel()), with_kwargs=True
+        )
+        return counts
+
+    @pytest.fixture(params=[name for name in MODEL_TYPES if name != "gemma3"])  # which works on its mask
+    def model_type(self, request):
+        return request.param
+
+    def test_a_row_and_its_image(self, pair, model_type, computed):
+        eager, paged = pair
+        inputs = TestPrefixCaching().prompt(model_type, 1, 40, padding=7)
+        assert torch.equal(generate(paged, inputs), generate(eager, inputs))
+        assert computed[0] == inputs["input_ids"].numel() - 7
+
+    def test_texts_to_a_model_that_sees(self, pair, model_type, computed):
+        """Its processor says where images are, even if nowhere."""
+        eager, paged = pair
+        inputs = prompts(model_type, 1)
+        text = {"input_ids": inputs["input_ids"].clamp(max=80), "attention_mask": inputs["attention_mask"]}
+        if "mm_token_type_ids" in inputs:
+            text["mm_token_type_ids"] = torch.zeros_like(text["input_ids"])
+        assert torch.equal(generate(paged, text), generate(eager, text))
+        assert computed[0] == int(text["attention_mask"].sum())

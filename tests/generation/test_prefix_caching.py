@@ -441,8 +441,7 @@ def test_what_hooks_have_changed_is_not_kept(models):
     check((eager, paged), prompt, None, past_key_values=cache)
 
 
-def test_what_is_no_text_is_not_looked_up(models):
-    """Embeddings in place of tokens, and positions of the user's own."""
+def test_embeddings_are_not_looked_up(models):
     eager, paged = models("llama")
     cache = PagedCache(paged.config, prefix_caching=True)
     prompt = text(60, 1)[None]
@@ -451,10 +450,33 @@ def test_what_is_no_text_is_not_looked_up(models):
     options = {"do_sample": False, "max_new_tokens": NEW}
     ours = paged.generate(inputs_embeds=embeds, past_key_values=cache, **options)
     assert torch.equal(ours, eager.generate(inputs_embeds=embeds, **options))
-    moved = torch.arange(60)[None] * 2
-    ours = paged.generate(prompt, position_ids=moved, past_key_values=cache, **options)
-    assert torch.equal(ours, eager.generate(prompt, position_ids=moved, **options))
     assert (cache.memory().prefix_tokens, cache.memory().prefix_tokens_hit) == (60, 0)
+
+
+def test_positions_of_the_users_own(models):
+    """A block is another one where its tokens lie elsewhere; what is generated lies behind them."""
+    eager, paged = models("llama")
+    cache = PagedCache(paged.config, prefix_caching=True)
+    prompt = text(60, 1)[None]
+    counted = torch.arange(60)[None]
+    moved = counted + 7 * (counted >= 20)  # its first block is where it is elsewhere, too
+
+    def hits(prompt: torch.Tensor, position_ids: torch.Tensor) -> int:
+        before = cache.memory().prefix_tokens_hit
+        options = {"position_ids": position_ids, "do_sample": False, "max_new_tokens": NEW}
+        ours = paged.generate(prompt, past_key_values=cache, **options)
+        assert torch.equal(ours, eager.generate(prompt, **options))
+        hit = cache.memory().prefix_tokens_hit - before
+        turn = torch.cat([ours, text(5, 3)[None]], 1)
+        more = position_ids[:, -1:] + 1 + torch.arange(turn.shape[1] - 60)
+        turns.append((turn, torch.cat([position_ids, more], 1)))
+        return hit
+
+    turns: list[tuple] = []
+    assert [hits(prompt, x) for x in (counted, moved, moved, counted, counted * 2)] == [
+        0, BLOCK, 3 * BLOCK, 3 * BLOCK, 0
+    ]  # fmt: skip
+    assert [hits(*turn) for turn in turns[2:]] == [4 * BLOCK] * 3, "the answers are known"
 
 
 def test_the_new_turn_alone_is_refused(models):
