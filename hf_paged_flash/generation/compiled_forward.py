@@ -23,6 +23,7 @@ from ..cache import PagedCache
 from ..cache.step_buffers import StepBuffers
 from ..ops import library
 from .capturable import NotCapturable
+from .media import MOVED
 
 # torch's own CUDA graphs are left out: ours are captured over what is compiled
 _WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
@@ -105,7 +106,7 @@ class CompiledForward:
         def forward(*_) -> list[torch.Tensor]:
             result = run()
             self._outputs = type(result)
-            self._fields = [name for name, value in result.items() if value is not cache]
+            self._fields = [name for name, value in result.items() if value is not cache and name != MOVED]
             self._cache_fields = [name for name, value in result.items() if value is cache]
             return [result[name] for name in self._fields]
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, CompileConfig
 
 from hf_paged_flash import PagedCache, disable_prefix_caching, enable_prefix_caching
 from hf_paged_flash.generation import prefix_caching
@@ -51,6 +51,14 @@ def test_steps_are_replayed(pair, model_type, recorders, elastic):
     before = recorders.replayed
     assert torch.equal(generate(paged, text), generate(eager, text))
     assert recorders.replayed >= before + STEPS - 2
+
+
+def test_steps_are_compiled(pair, model_type, recorders):
+    eager, paged = pair
+    for call, seed in enumerate((1, 2)):
+        inputs, config = prompts(model_type, seed), CompileConfig(backend="eager", mode=None)
+        assert torch.equal(generate(paged, inputs, compile_config=config), generate(eager, inputs))
+        assert recorders.replayed == (call + 1) * (STEPS - 1) - 1
 
 
 class TestPrefixCaching:
