@@ -5,6 +5,8 @@ MLPs of the padding too. A PagedCache knows each row's tokens, so the model can 
 nothing public lies between the batch and its first forward.
 """
 
+import transformers
+from packaging.version import Version
 from transformers.generation.utils import GenerationMixin
 
 from hf_paged_flash.errors import UnsupportedFeatureError
@@ -22,7 +24,13 @@ def _prefill(original, self, input_ids, generation_config, model_kwargs, is_firs
     if outputs is not None:
         return outputs
     mask = model_kwargs.get("attention_mask")
-    if generation_config.prefill_chunk_size is not None and mask is not None and not bool(mask[:, -1].all()):
+    is_chunked = generation_config.prefill_chunk_size is not None
+    if is_chunked and cache.columns and mask is not None and Version(transformers.__version__) < Version("5.24.0"):
+        raise UnsupportedFeatureError(
+            f"`prefill_chunk_size` can't go on from the {cache.columns} columns that the PagedCache holds, transformers "
+            "before 5.24 begins its chunks at the first one: leave it out for this turn, or install a newer transformers"
+        )
+    if is_chunked and mask is not None and not bool(mask[:, -1].all()):
         raise UnsupportedFeatureError(
             "right-padded prompts of this model can't be prefilled in chunks (`prefill_chunk_size`), a row may end in "
             'any of them: pad on the left (`tokenizer.padding_side = "left"`)'

@@ -104,7 +104,7 @@ def _begin_rows(cache: PagedCache, model: PreTrainedModel) -> None:
 
 
 def _are_weights_of(model: PreTrainedModel, cache: PagedCache) -> bool:
-    """Whether `cache` is of this model, and no weight was written to, replaced or moved since."""
+    """Whether `cache` is of this model, and no weight or buffer was written to, replaced or moved since."""
     told, weights = cache.prefixes.weights, [weight() for weight in look_at(model).of(_weights)]
     return len(told) == len(weights) and all(
         weight() is x and state == _state_of(x) for (weight, state), x in zip(told, weights, strict=True)
@@ -112,7 +112,7 @@ def _are_weights_of(model: PreTrainedModel, cache: PagedCache) -> bool:
 
 
 def _weights(model: PreTrainedModel) -> list[weakref.ref]:
-    return [weakref.ref(x) for x in model.parameters()]
+    return [weakref.ref(x) for x in (*model.parameters(), *model.buffers())]
 
 
 def _state_of(x: torch.Tensor) -> tuple:

@@ -4,9 +4,11 @@ import warnings
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers.generation.utils import GenerationMixin
 
-from hf_paged_flash import CacheFullError, PagedCache, backend
+from hf_paged_flash import CacheFullError, PagedCache, UnsupportedFeatureError, backend
 from hf_paged_flash.generation import packed_prefill
 from tests.generation.runs import LENGTHS, TOKENS, batch, generate, models, shapes_of, unpadded
 from tests.integration.models import attentive_config
@@ -114,6 +116,25 @@ class TestEqualsEager:
             said, said_mask = ragged_batch((9,) * rows, seed=turn + 1)
             input_ids = torch.cat([input_ids, tokens, said], 1)
             mask = torch.cat([mask, torch.ones_like(tokens), said_mask], 1)
+
+    def test_turns_in_chunks_of_a_model_that_is_not_packed(self):
+        """transformers goes on from them since 5.24; before, it would begin anew."""
+        paged, eager = models("llama")
+        hook = paged.model.layers[0].register_forward_hook(lambda *args: None)
+        cache = PagedCache(paged.config)
+        input_ids, mask = ragged_batch((20,))
+        try:
+            tokens = generate(paged, input_ids, mask, past_key_values=cache, prefill_chunk_size=8)
+            input_ids, mask = torch.cat([input_ids, tokens], 1), torch.cat([mask, torch.ones_like(tokens)], 1)
+            chunked = {"prefill_chunk_size": 8}
+            if Version(transformers.__version__) < Version("5.24.0"):
+                with pytest.raises(UnsupportedFeatureError, match="can't go on from the 31 columns"):
+                    generate(paged, input_ids, mask, past_key_values=cache, **chunked)
+                chunked = {}
+            tokens = generate(paged, input_ids, mask, past_key_values=cache, **chunked)
+        finally:
+            hook.remove()
+        assert torch.equal(tokens, unpadded(eager, input_ids, mask))
 
     @pytest.mark.parametrize("how", ["assistant", "lookup"])
     def test_assisted(self, how):

@@ -353,6 +353,9 @@ def test_changed_weights_are_noticed(models):
     for model in (eager, paged):
         model.double()
     check((eager, paged), prompt, None)
+    for model in (eager, paged):
+        model.model.rotary_emb.inv_freq.mul_(3)
+    check((eager, paged), prompt, None)
 
 
 def test_a_cache_that_comes_back_from_a_pickle_begins_with_nothing_known(models):
