@@ -27,8 +27,8 @@ def _prefill(original, self, input_ids, generation_config, model_kwargs, is_firs
     is_chunked = generation_config.prefill_chunk_size is not None
     if is_chunked and cache.columns and mask is not None and Version(transformers.__version__) < Version("5.24.0"):
         raise UnsupportedFeatureError(
-            f"`prefill_chunk_size` can't go on from the {cache.columns} columns that the PagedCache holds, transformers "
-            "before 5.24 begins its chunks at the first one: leave it out for this turn, or install a newer transformers"
+            f"`prefill_chunk_size` can't go on from the {cache.columns} columns that the PagedCache holds: chunks of "
+            "transformers before 5.24 begin at the first one. Leave it out for this turn, or install a newer version"
         )
     if is_chunked and mask is not None and not bool(mask[:, -1].all()):
         raise UnsupportedFeatureError(
