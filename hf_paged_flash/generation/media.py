@@ -10,9 +10,10 @@ from transformers import PreTrainedConfig
 
 from ..cache.prompt_row import Media
 
-# What is seen: a forward needs what is among its tokens
+# What is seen, of which a forward needs what is among its tokens; transformers 5.24 encodes it before the first one
 CONTENTS = (
     "pixel_values", "pixel_values_videos", "pixel_attention_mask", "pixel_mask", "image_sizes", "image_sizes_videos",
+    "mm_encoder_outputs",
 )  # fmt: skip
 # How it is laid out, which positions are counted by, before the first forward, and its contents are read by
 LAYOUT = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
@@ -24,7 +25,8 @@ _TOKENS = ("image_token_id", "image_token_index", "video_token_id", "video_token
 
 def has_contents(inputs: Mapping[str, Any]) -> bool:
     """Whether there are images among a model's `inputs`, or generate()'s for it."""
-    return any(inputs.get(name) is not None for name in CONTENTS)
+    values = (inputs.get(name) for name in CONTENTS)
+    return any(value is not None and (isinstance(value, torch.Tensor) or len(value) > 0) for value in values)
 
 
 def of_tokens(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -60,10 +62,12 @@ def media_of(input_ids: np.ndarray, model_kwargs: dict[str, Any], config: PreTra
 
 
 def _read(value: Any, digest) -> None:
+    if isinstance(value, Mapping):
+        value = [*value.keys(), *value.values()]
     if isinstance(value, (list, tuple)):
         for item in value:
             _read(item, digest)
-    if isinstance(value, torch.Tensor):
+    elif isinstance(value, torch.Tensor):
         digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     else:
