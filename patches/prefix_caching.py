@@ -42,7 +42,7 @@ def _prefill(original, self, input_ids, generation_config, model_kwargs, is_firs
     return prefix_caching.prefill(run, self, input_ids, cache, generation_config, model_kwargs)
 
 
-def _sample(original, self, input_ids, *args, **kwargs):
+def _decode(original, self, input_ids, *args, **kwargs):
     result = original(self, input_ids, *args, **kwargs)
     cache = prefix_cache(kwargs)
     if cache is not None:
@@ -52,6 +52,15 @@ def _sample(original, self, input_ids, *args, **kwargs):
     return result
 
 
+_PARAMETERS = (
+    "self", "input_ids", "logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer",
+)  # fmt: skip
+_LOOPS = {
+    "_sample": (*_PARAMETERS, "model_kwargs"),
+    "_assisted_decoding": (
+        *_PARAMETERS, "inputs_tensor", "assistant_model", "assistant_tokenizer", "tokenizer", "model_kwargs",
+    ),
+}  # fmt: skip
 PREFIX_CACHING = (
     Patch(
         owner=lambda: GenerationMixin,
@@ -69,21 +78,15 @@ PREFIX_CACHING = (
         reason="what is known of a prompt is not computed",
         checked=_CHECKED,
     ),
-    Patch(
-        owner=lambda: GenerationMixin,
-        name="_sample",
-        parameters=(
-            "self",
-            "input_ids",
-            "logits_processor",
-            "stopping_criteria",
-            "generation_config",
-            "synced_gpus",
-            "streamer",
-            "model_kwargs",
-        ),
-        wrapper=_sample,
-        reason="what was generated is known to later prompts",
-        checked=_CHECKED,
+    *(
+        Patch(
+            owner=lambda: GenerationMixin,
+            name=name,
+            parameters=parameters,
+            wrapper=_decode,
+            reason="what was generated is known to later prompts",
+            checked=_CHECKED,
+        )
+        for name, parameters in _LOOPS.items()
     ),
 )

@@ -1,8 +1,10 @@
 """How the forwards of a decode loop reach the graphs of their model."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import chain, repeat
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from .capturable import NotCapturable, obstacle
 from .compiled_forward import CompileSettings
 from .decode_graph import PROMPT, STEP, DecodeGraphs, forget, graphs_of
 from .looking import looking_once
-from .prefix_caching import seen_for
+from .prefix_caching import first_forward, seen_for
 from .short_prompt import last_columns, length_of
 
 LISTENING = 8  # steps after which the host asks anew which rows have finished
@@ -72,6 +74,9 @@ def decode_loop(
         pads_finished_rows: where a criterion has an end of sequence, the loop does not look at what the model says of
             rows that one has stopped.
     """
+    first = model
+    if begins_with_prefill and isinstance(cache, PagedCache) and cache.prefixes is not None:
+        first = partial(first_forward, model, cache, generation_config)
     graphs = graphs_of(model) if _is_paged(cache) else None
     reason = None if graphs is None else _hindrance(model, cache, generation_config, synced_gpus)
     if reason is not None and (backend.graphs() or generation_config.compile_config is not None):
@@ -79,11 +84,12 @@ def decode_loop(
     if graphs is None or reason is not None:
         if not backend.graphs():
             forget(model)
-        yield model, stopping_criteria
+        yield (model if first is model else _InLoop(model, _begin_with(first, model))), stopping_criteria
         return
     graphs.lend_addresses(cache)
     outer = getattr(_here, "loop", None)
-    loop = _Loop(model, cache, generation_config, graphs, begins_with_prefill, keeps_logits, outer)
+    loop = _Loop(model, cache, generation_config, graphs, keeps_logits, outer)
+    call = _begin_with(first, loop.forward) if begins_with_prefill else loop.forward
     around = getattr(_here, "innermost", None)
     _here.loop, _here.innermost = outer or loop, loop
     if pads_finished_rows and not _is_returned(cache, generation_config):
@@ -91,10 +97,16 @@ def decode_loop(
             stopping_criteria = _Watched(stopping_criteria, loop.finished)
     try:
         with looking_once(*seen_for(cache)):
-            yield _InLoop(model, loop.forward), stopping_criteria
+            yield _InLoop(model, call), stopping_criteria
     finally:
         _here.loop, _here.innermost = outer, around
         loop.close()
+
+
+def _begin_with(first: Callable, then: Callable) -> Callable:
+    """What calls `first` once, and `then` from then on."""
+    calls = chain([first], repeat(then))
+    return lambda *args, **inputs: next(calls)(*args, **inputs)
 
 
 def loop_of(model: PreTrainedModel, cache: object) -> "_Loop | None":
@@ -196,12 +208,10 @@ class _Loop:
         cache: PagedCache,
         generation_config: GenerationConfig,
         graphs: DecodeGraphs,
-        begins_with_prefill: bool,
         keeps_logits: bool,
         outer: "_Loop | None",
     ) -> None:
         self._model, self._cache, self._config, self._graphs = model, cache, generation_config, graphs
-        self._is_prefill = begins_with_prefill
         self._keeps_logits = keeps_logits
         self._settings = _settings_of(generation_config)
         self._is_open: bool | None = None  # None: not yet known
@@ -218,8 +228,7 @@ class _Loop:
         self._graphs.note(self._cache)
 
     def forward(self, *args, **inputs) -> ModelOutput:
-        is_prefill, self._is_prefill = self._is_prefill, False
-        if is_prefill or args or not self._takes(inputs):
+        if args or not self._takes(inputs):
             return self._model(*args, **inputs)
         try:
             finished = self.finished.empty(self._cache)

@@ -38,6 +38,10 @@ _OF_LIBRARIES = {"accelerate", "peft", "torch", "transformers"}  # hooks of thei
 _WRITTEN_OUT = ("output_hidden_states", "output_attentions")
 
 
+class NotPacked(Exception):
+    """Rows that begin with what is known of them can only be computed whole."""
+
+
 @functools.cache
 def attends_alone(model_class: type) -> bool:
     """Whether attention layers of `model_class` pass what `update()` returned to the attention function, and no more.

@@ -5,7 +5,8 @@ from then on their full blocks are known. At the end of a call so are those of w
 """
 
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -16,8 +17,9 @@ from ..cache import PagedCache
 from ..cache.prompt_row import Media, PromptRow
 from ..errors import ArgumentError
 from .looking import Look, look_at, looking_once
-from .media import has_contents, media_of, without_media
-from .packable import of_rows, why_padded
+from .media import PLACES, has_contents, media_of, without_media
+from .packable import NotPacked, of_rows, why_not_these, why_padded
+from .packed_rows import packed_draft
 
 logger = logging.get_logger(__name__)
 _enabled: weakref.WeakKeyDictionary[PreTrainedModel, PagedCache] = weakref.WeakKeyDictionary()
@@ -169,24 +171,63 @@ def prefill(
     rows = _rows(input_ids, model_kwargs, model.config)
     if rows is None:
         return run(model_kwargs)
-    prefixes, groups, root = cache.prefixes, cache.groups, _root_of(model)
-    known = prefixes.start_rows(groups, root, rows, shares=generation_config.prefill_chunk_size is None)
-    if rows[0].holds_media(len(known) * groups[0].block_size):
-        model_kwargs = without_media(model_kwargs)
     try:
-        outputs = run(model_kwargs)
+        with _known(model, cache, rows, shares=generation_config.prefill_chunk_size is None) as tokens:
+            return run(without_media(model_kwargs) if rows[0].holds_media(tokens) else model_kwargs)
+    except NotPacked:
+        return run(model_kwargs)
+
+
+def first_forward(
+    model: PreTrainedModel, cache: PagedCache, generation_config: GenerationConfig, **inputs
+) -> ModelOutput:
+    """`model(**inputs)`, a prompt and a draft of what follows it, of what is not known; from then on the prompt is.
+
+    Assisted decoding has no prefill: this is its first forward, whose last `logits_to_keep` tokens are the draft and
+    the one before it.
+    """
+    last = inputs.get("logits_to_keep")
+    reason = "a model in training" if model.training else why_padded(model, cache, generation_config, inputs)
+    if type(last) is not int or last < 1:
+        reason = "a model that computes all logits"
+    reason = reason or why_not_these(inputs, cache)
+    if reason is not None:
+        logger.warning_once(f"prefixes of prompts to {type(model).__name__} are not looked up: {reason}")
+        return model(**inputs)
+    of_columns = ("attention_mask", "position_ids", PLACES)
+    columns = inputs["input_ids"].shape[1] - (last - 1)
+    prompt = {name: value[..., :columns] for name, value in inputs.items() if name in of_columns and value is not None}
+    rows = _rows(inputs["input_ids"][:, :columns], inputs | prompt, model.config)
+    if rows is None:
+        return model(**inputs)
+    with _known(model, cache, rows, draft=last - 1) as tokens:
+        inputs = without_media(inputs) if rows[0].holds_media(tokens) else inputs
+        return packed_draft(model, inputs, cache, last)
+
+
+@contextmanager
+def _known(
+    model: PreTrainedModel, cache: PagedCache, rows: list[PromptRow], *, shares: bool = False, draft: int = 0
+) -> Iterator[int]:
+    """Within it `cache` holds what is known of `rows`, as many tokens as it yields, and gets the rest and a `draft`.
+
+    Afterwards all of the rows is known.
+    """
+    prefixes, groups, root = cache.prefixes, cache.groups, _root_of(model)
+    known = prefixes.start_rows(groups, root, rows, shares=shares)
+    try:
+        yield len(known) * groups[0].block_size
     except BaseException:
         groups.start_from([])  # after some chunks a row may hold more than their columns
         raise
     finally:
         groups.sharing = None
     groups.sync_lengths()
-    if groups[0].manager.lengths.tolist() != list(map(len, rows)):
-        return outputs  # there are others in front of them, as in prompt tuning
+    if groups[0].manager.lengths.tolist() != [len(row) + draft for row in rows]:
+        return  # there are others in front of them, as in prompt tuning
     prefixes.count(groups, rows, known)
     prefixes.add(groups, root, rows)
     cache.prompts = root, rows
-    return outputs
 
 
 def keep_answers(cache: PagedCache, result: torch.Tensor | ModelOutput, prompt: int) -> None:

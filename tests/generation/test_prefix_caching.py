@@ -205,10 +205,31 @@ def test_ways_to_generate(models, option):
                 outputs.append(new_tokens(model, ids, mask, max_new_tokens=NEW, **options, **extra))
             assert torch.equal(*outputs)
             rows = [torch.cat([row, text(4, 5)]) for row in rows]
-        # two rows share 3 blocks in the first call, and find them in the second; assisted decoding has no prefill
-        assert (cache.memory().prefix_tokens_hit > 0) == (option not in ("prompt lookup", "assistant"))
+        # two rows share 3 blocks in the first call, and find them in the second
+        assert cache.memory().prefix_tokens_hit > 0
     finally:
         hf_paged_flash.disable_prefix_caching(pair[1])
+
+
+@pytest.mark.parametrize("padding", [0, 5])
+def test_assisted_decoding_has_prefixes(models, computed, padding):
+    """Its first forward is of the rest of the prompt and a draft; the answer is known to the next turn."""
+    eager, paged = pair = models("llama")
+    cache = PagedCache(paged.config, prefix_caching=True)
+    phrase = text(12, 1)
+    prompt, counts = phrase.repeat(5), computed(paged)  # which drafts repeat
+    options = {"past_key_values": cache, "prompt_lookup_num_tokens": 4}
+    for known in (0, 48):
+        ids, mask = (torch.nn.functional.pad(x[None], (padding, 0)) for x in (prompt, torch.ones_like(prompt)))
+        counts.clear()
+        answer = check(pair, ids, mask, **options)
+        assert counts[0] == 60 - known + 4
+        assert cache.memory().prefix_tokens_hit == known
+    turn = torch.cat([prompt, answer[0], text(9, 2)])[None]
+    counts.clear()
+    check(pair, turn, None, **options)
+    hit = cache.memory().prefix_tokens_hit - 48
+    assert (hit, counts[0]) in [(64, 25 + draft) for draft in range(5)], "the last tokens of the answer are not stored"
 
 
 @pytest.mark.parametrize("blocks", [8, 12, 20])
