@@ -179,7 +179,7 @@ def prefill(
 
 
 def first_forward(
-    model: PreTrainedModel, cache: PagedCache, generation_config: GenerationConfig, **inputs
+    model: PreTrainedModel, cache: PagedCache, generation_config: GenerationConfig, /, **inputs
 ) -> ModelOutput:
     """`model(**inputs)`, a prompt and a draft of what follows it, of what is not known; from then on the prompt is.
 
