@@ -74,7 +74,7 @@ def decode_loop(
         pads_finished_rows: where a criterion has an end of sequence, the loop does not look at what the model says of
             rows that one has stopped.
     """
-    first = model
+    first, seen = model, seen_for(cache)
     if begins_with_prefill and isinstance(cache, PagedCache) and cache.prefixes is not None:
         first = partial(first_forward, model, cache, generation_config)
     graphs = graphs_of(model) if _is_paged(cache) else None
@@ -96,7 +96,7 @@ def decode_loop(
         if any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria):
             stopping_criteria = _Watched(stopping_criteria, loop.finished)
     try:
-        with looking_once(*seen_for(cache)):
+        with looking_once(*seen):
             yield _InLoop(model, call), stopping_criteria
     finally:
         _here.loop, _here.innermost = outer, around

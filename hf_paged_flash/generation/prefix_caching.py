@@ -72,10 +72,11 @@ def enabled_cache(model: PreTrainedModel) -> PagedCache | None:
         return None
     look = look_at(model)
     with looking_once(look):
-        if cache.prefixes.weights and not _are_weights_of(model, cache):  # of another device or dtype, perhaps
+        are_same = _are_weights_of(model, cache)
+        if cache.prefixes.weights and not are_same:  # of another device or dtype, perhaps
             kept = cache.group.store.kept_memory or True
             cache.__dict__.update(vars(PagedCache(cache.config, cache.group.block_size, prefix_caching=kept)))
-        _begin_rows(cache, model)
+        _begin_rows(cache, model, are_same)
     fork = cache.fork()
     _seen[fork] = look
     return fork
@@ -85,7 +86,7 @@ def begin_rows(cache: PagedCache, model: PreTrainedModel) -> None:
     """Drops the rows of `cache`, whose full blocks stay known, for those of a call of `model`."""
     look = _seen[cache] = look_at(model)
     with looking_once(look):
-        _begin_rows(cache, model)
+        _begin_rows(cache, model, _are_weights_of(model, cache))
 
 
 def seen_for(cache: object) -> tuple[Look, ...]:
@@ -94,8 +95,8 @@ def seen_for(cache: object) -> tuple[Look, ...]:
     return () if look is None else (look,)
 
 
-def _begin_rows(cache: PagedCache, model: PreTrainedModel) -> None:
-    if not _are_weights_of(model, cache):  # another model's, or they were changed: their keys are others
+def _begin_rows(cache: PagedCache, model: PreTrainedModel, are_same: bool) -> None:
+    if not are_same:  # another model's, or they were changed: their keys are others
         cache.prefixes.weights = [(weight, _state_of(weight())) for weight in look_at(model).of(_weights)]
         cache.reset()
     elif cache.columns:
