@@ -12,6 +12,9 @@ from transformers.generation.streamers import BaseStreamer
 from hf_paged_flash import PagedCache, backend, counters, reset_counters
 from hf_paged_flash.cache import elastic_memory
 from hf_paged_flash.generation import decode_graph
+from tests.generation.test_images import MODEL_TYPES as IMAGE_MODELS
+from tests.generation.test_images import models_that_see
+from tests.generation.test_images import prompts as image_prompts
 from tests.integration.models import DENSE, LENGTHS, NEW_TOKENS, attentive_config, new_tokens
 from tests.tiny_models import MODEL_TYPES, ragged_batch, tiny_config, tiny_model
 
@@ -91,6 +94,16 @@ def test_verify_steps(model_type, graphs):
     expected = new_tokens(eager, input_ids, mask, max_new_tokens=60)
     assert torch.equal(new_tokens(paged, input_ids, mask, max_new_tokens=60, prompt_lookup_num_tokens=4), expected)
     assert graphs.replayed > 5
+
+
+@pytest.mark.parametrize("model_type", IMAGE_MODELS)
+def test_models_that_see(model_type, graphs):
+    eager, paged = (model.to(DEVICE) for model in models_that_see(model_type))
+    for seed in (1, 2):
+        inputs = {name: value.to(DEVICE) for name, value in image_prompts(model_type, seed).items()}
+        expected, tokens = (model.generate(**inputs, max_new_tokens=20, do_sample=False) for model in (eager, paged))
+        assert torch.equal(tokens, expected)
+    assert graphs.replayed == 2 * 19 - 1
 
 
 def test_a_later_call_replays_the_same_graph(graphs, monkeypatch):

@@ -21,6 +21,11 @@ def model_type(request):
 
 @pytest.fixture
 def pair(model_type):
+    return models_that_see(model_type)
+
+
+def models_that_see(model_type: str) -> list:
+    """The same model under eager and paged_flash."""
     models = [build(model_type, attention, AutoModelForImageTextToText) for attention in ("eager", "paged_flash")]
     models[1].load_state_dict(models[0].state_dict())  # CLIP begins with a random vector of its own
     return [model.eval() for model in models]
