@@ -51,12 +51,13 @@ class PromptRow:
         full = [data[start : start + size] for start in range(0, len(data) // size * size, size)]
         stored = len(full) * block_size
         if self.positions is not None:
-            positions = self.positions[:stored].reshape(len(full), -1)
-            counted = np.arange(stored).repeat(self.positions.shape[1]).reshape(len(full), -1)
+            axes = self.positions.shape[1]
+            positions = self.positions[:stored].reshape(len(full), block_size * axes)
+            counted = np.arange(stored).repeat(axes).reshape(positions.shape)
             for block in np.flatnonzero((positions != counted).any(1)):
                 full[block] += positions[block].tobytes()
         if self.media is not None:
-            for block in np.flatnonzero(self.media.places[:stored].reshape(len(full), -1).any(1)):
+            for block in np.flatnonzero(self.media.places[:stored].reshape(len(full), block_size).any(1)):
                 full[block] += self.media.digest
         return full
 

@@ -82,6 +82,10 @@ class TestPromptRow:
             moved = PromptRow.of(self.TOKENS, positions).full_blocks(4)
             assert (len(moved), moved[0] == blocks[0], moved[1] == blocks[1]) == (2, True, False)
 
+    def test_less_than_a_block(self):
+        places = np.isin(np.arange(10), (5, 6))
+        assert PromptRow.of(self.TOKENS, np.arange(1, 11)[:, None], Media(places, b"a" * 32)).full_blocks(16) == []
+
     def test_blocks_differ_where_an_image_is(self):
         places = np.isin(np.arange(10), (5, 6))
         one, two = (PromptRow(self.TOKENS, None, Media(places, digest * 32)) for digest in (b"a", b"b"))
