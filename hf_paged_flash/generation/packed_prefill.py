@@ -27,8 +27,8 @@ def packed_prefill(
 ) -> ModelOutput | None:
     """What `_prefill` returns, with logits (B, 1, V) of each row's last token; None where rows keep their padding.
 
-    They do where there is none and nothing is ragged, and where `why_padded` or `why_not_these` knows a reason. Short
-    prompts, padded or not, are replayed as a graph within a decode loop that captures its steps.
+    They do where there is none and nothing is ragged or in chunks, and where `why_padded` or `why_not_these` knows a
+    reason. Short prompts, padded or not, are replayed as a graph within a decode loop that captures its steps.
     Waits for the device once, to read the mask.
 
     Raises:
@@ -39,9 +39,11 @@ def packed_prefill(
     if input_ids.dim() != 2 or (attention_mask is not None and attention_mask.dim() != 2):
         return None
     columns, chunk_size = cache.get_seq_length(), generation_config.prefill_chunk_size
-    is_ragged = not columns and (cache.group.holds_tokens or cache.groups.sharing is not None)  # known prefixes
-    # chunks of transformers' own begin at the first column before 5.24, which leaves out a mask of ones
-    is_ragged |= attention_mask is not None and columns > 0 and chunk_size is not None
+    begins_known = not columns and (cache.group.holds_tokens or cache.groups.sharing is not None)
+    # chunks of transformers' own begin at the first column before 5.24, which leaves out a mask of ones; and they cut
+    # positions of several axes along the wrong one
+    is_chunked = chunk_size is not None and (not columns or attention_mask is not None)
+    is_ragged = begins_known or is_chunked
     loop = loop_of(model, cache) if chunk_size is None else None
     all_columns = (input_ids if attention_mask is None else attention_mask).shape[1]
     if not is_ragged and all_columns - columns > LENGTHS[-1]:
@@ -63,7 +65,7 @@ def packed_prefill(
     )
     has_images = has_contents(inputs)
     if why_not_these(inputs, cache) or inputs["input_ids"].shape != new.shape or (has_images and chunk_size):
-        if is_ragged and not columns:
+        if begins_known:
             raise NotPacked
         return None
     check_new_tokens(new)

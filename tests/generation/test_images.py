@@ -1,5 +1,6 @@
 """Models of images and text: their steps are replayed as a text's are, whatever images came before."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, CompileConfig
@@ -146,6 +147,43 @@ class TestPrefixCaching:
         known = inputs["input_ids"].numel() + STEPS - 1  # the last token was never computed
         assert cache.memory().prefix_tokens_hit == known // 16 * 16
 
+    def test_any_prompts(self, pair, model_type, cache):
+        """Made of a few texts and images, many of which begin as another one did."""
+        eager, paged = pair
+        random, seen = np.random.default_rng(3), []
+        images = prompts(model_type, 1)["pixel_values"], prompts(model_type, 2)["pixel_values"]
+        given = {} if prefix_caching._enabled.get(paged) is cache else {"past_key_values": cache}
+        for _ in range(16):
+            begun = seen[random.integers(len(seen))] if seen and random.random() < 0.7 else []
+            parts = begun[: random.integers(4)] + [random.integers(6) for _ in range(random.integers(1, 3))]
+            seen.append(parts)
+            inputs = self.of_parts(model_type, parts, images, padding=random.integers(3))
+            options = [{}, {"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 13}][random.integers(3)]
+            if "pixel_values" in inputs:
+                options.pop("prefill_chunk_size", None)  # transformers would leave them out
+            assert torch.equal(generate(paged, inputs, **given, **options), generate(eager, inputs))
+        assert cache.memory().prefix_tokens_hit > 0
+
+    def of_parts(self, model_type: str, parts: list[int], images: tuple, padding: int) -> dict[str, torch.Tensor]:
+        """Each part is an image, of two, or a text of 1 to 20 tokens."""
+        count, each = (16, 1) if model_type == "llava" else (6, 24)
+        ids, seen = [0] * padding, []
+        for part in parts:
+            if part < 2:
+                ids += [IMAGE_TOKEN + 2] + [IMAGE_TOKEN] * count
+                seen.append(images[part][:each])
+            else:
+                ids += [5 + part] * (1, 5, 16, 20)[part - 2]
+        ids = torch.tensor([[*ids, 40]])
+        given = {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) >= padding).long()[None]}
+        if model_type != "llava":
+            given["mm_token_type_ids"] = (ids == IMAGE_TOKEN).int()
+        if seen:
+            given["pixel_values"] = torch.cat(seen)
+            if model_type != "llava":
+                given["image_grid_thw"] = torch.tensor([[1, 6, 4]] * len(seen))
+        return given
+
     def test_rows_with_images_are_computed_whole(self, pair, model_type, cache):
         eager, paged = pair
         for swapped in (False, True, False):
@@ -176,6 +214,13 @@ class TestPacked:
         inputs = TestPrefixCaching().prompt(model_type, 1, 40, padding=7)
         assert torch.equal(generate(paged, inputs), generate(eager, inputs))
         assert computed[0] == inputs["input_ids"].numel() - 7
+
+    def test_chunks_of_a_text(self, pair, model_type, computed):
+        """Positions of several axes, of which transformers would cut the wrong one."""
+        eager, paged = pair
+        text = {"input_ids": prompts(model_type, 1)["input_ids"][1:].clamp(max=80)}
+        assert torch.equal(generate(paged, text, prefill_chunk_size=7), generate(eager, text))
+        assert computed[:4] == [7, 7, 7, 4]
 
     def test_texts_to_a_model_that_sees(self, pair, model_type, computed):
         """Its processor says where images are, even if nowhere."""
