@@ -7,7 +7,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Media:
-    """Images, videos or sound in a row.
+    """Images and videos in a row.
 
     Attributes:
         places: bool (n,), which tokens stand for them.

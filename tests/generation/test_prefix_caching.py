@@ -1,6 +1,7 @@
 """Prompts that begin as earlier ones did: eager's tokens whether they hit or miss, and what is known not computed."""
 
 import copy
+import functools
 import pickle
 
 import numpy as np
@@ -463,6 +464,27 @@ def test_what_hooks_have_changed_is_not_kept(models):
         for hook in hooks:
             hook.remove()
     check((eager, paged), prompt, None, past_key_values=cache)
+
+
+def test_what_a_model_adds_to_its_inputs(models, monkeypatch):
+    """It may be of rows, which are computed whole then: it shows after what is known of them was found."""
+    pair = eager, paged = models("llama")
+    cache = PagedCache(paged.config, prefix_caching=True)
+    rows, mask = batch(torch.cat([text(50, 1), text(9, 2)]), torch.cat([text(50, 1), text(4, 3)]))
+    check(pair, rows, mask, past_key_values=cache)
+    shared = cache.memory().prefix_tokens_hit
+    prepare = paged.prepare_inputs_for_generation
+
+    @functools.wraps(prepare)
+    def prepare_more(*args, **given):
+        return prepare(*args, **given) | {"of_rows": torch.ones(2)}
+
+    monkeypatch.setattr(paged, "prepare_inputs_for_generation", prepare_more)
+    check(pair, rows, mask, past_key_values=cache)
+    assert cache.memory().prefix_tokens_hit == shared
+    monkeypatch.undo()
+    check(pair, rows, mask, past_key_values=cache)
+    assert cache.memory().prefix_tokens_hit == shared + 2 * 3 * BLOCK
 
 
 def test_embeddings_are_not_looked_up(models):
