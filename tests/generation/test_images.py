@@ -59,6 +59,7 @@ def test_steps_are_replayed(pair, model_type, recorders, elastic):
     assert recorders.replayed >= before + STEPS - 2
 
 
+@pytest.mark.slow
 def test_steps_are_compiled(pair, model_type, recorders):
     eager, paged = pair
     for call, seed in enumerate((1, 2)):
