@@ -74,6 +74,7 @@ def _checked_flag(value: str, argument: str) -> bool:
 _backend: BackendName = _checked(os.environ.get("HF_PAGED_FLASH_BACKEND") or "auto", "HF_PAGED_FLASH_BACKEND")
 _graphs = _checked_flag(os.environ.get("HF_PAGED_FLASH_GRAPHS") or "1", "HF_PAGED_FLASH_GRAPHS")
 _compile_mode: CompileMode | None = None
+_fused_layers = True
 _lock = threading.Lock()
 _counts: dict[CountKind, Counter[str]] = {kind: Counter() for kind in get_args(CountKind)}
 
@@ -83,6 +84,7 @@ def configure(
     backend: BackendName | None = None,
     graphs: bool | None = None,
     compile: CompileMode | Literal[False] | None = None,
+    fused_layers: bool | None = None,
 ) -> None:
     """Set what holds for the whole process; None leaves it as it is.
 
@@ -93,13 +95,16 @@ def configure(
         compile: the mode of torch.compile in which these steps are compiled, "default" or
             "max-autotune-no-cudagraphs" for instance; False, as in the beginning, for as they are. A call's
             `generation_config.compile_config` comes before it.
+        fused_layers: whether norms and rotary embeddings run as one kernel each in steps and prompts that are
+            replayed and not compiled. On unless it is switched off.
 
     Raises:
         ArgumentError: something is none of these; nothing has changed.
     """
-    global _backend, _graphs, _compile_mode
-    if graphs is not None and not isinstance(graphs, bool):
-        raise ArgumentError(f"`graphs` must be True, False or None, got {graphs!r}")
+    global _backend, _graphs, _compile_mode, _fused_layers
+    for name, flag in (("graphs", graphs), ("fused_layers", fused_layers)):
+        if flag is not None and not isinstance(flag, bool):
+            raise ArgumentError(f"`{name}` must be True, False or None, got {flag!r}")
     if compile is not None and compile is not False and compile not in get_args(CompileMode):
         allowed = ", ".join(repr(choice) for choice in get_args(CompileMode))
         raise ArgumentError(f"`compile` must be one of {allowed}, False or None, got {compile!r}")
@@ -109,6 +114,8 @@ def configure(
         _graphs = graphs
     if compile is not None:
         _compile_mode = compile or None
+    if fused_layers is not None:
+        _fused_layers = fused_layers
 
 
 def backend() -> BackendName:
@@ -124,6 +131,11 @@ def graphs() -> bool:
 def compile_mode() -> CompileMode | None:
     """The mode in which decode steps are compiled; None for as they are."""
     return _compile_mode
+
+
+def fuses_layers() -> bool:
+    """Whether norms and rotary embeddings run as one kernel each in captured forwards."""
+    return _fused_layers
 
 
 def use_kernels(tensor: torch.Tensor) -> bool:

@@ -12,7 +12,7 @@ All graphs of a model share one memory pool. They run one after another, for one
 import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from inspect import signature
 from threading import Lock
 from typing import Any
@@ -29,6 +29,7 @@ from ..cache.prepared_forward import PackedTokens, static_forward
 from ..cache.step_buffers import StepBuffers
 from .capturable import NotCapturable, NoWaiting
 from .compiled_forward import CompiledForward, CompileSettings
+from .fused_layers import fused_layers
 from .looking import Look, look_at
 from .media import MOVED, of_tokens
 
@@ -208,7 +209,7 @@ class DecodeGraphs:
             if graph.replay is None:
                 fixed = inputs | graph.tensors
                 if kind not in self._warm:
-                    return self._first(kind, model, cache, fixed)
+                    return self._first(kind, settings, model, cache, fixed)
                 if "attention_mask" in inputs:
                     fixed["attention_mask"] = None  # it grows
                 self._capture(graph, cache, kind, settings, model, fixed)
@@ -238,13 +239,20 @@ class DecodeGraphs:
                 raise NotCapturable("no cache of the model was seen before")
             self._like.prepare(cache)
 
-    def _first(self, kind: tuple, model: PreTrainedModel, cache: PagedCache, inputs: dict[str, Any]) -> ModelOutput:
+    def _first(
+        self,
+        kind: tuple,
+        settings: CompileSettings | None,
+        model: PreTrainedModel,
+        cache: PagedCache,
+        inputs: dict[str, Any],
+    ) -> ModelOutput:
         """The outputs of a forward that runs in Python: it compiles kernels, and shows what a replay would miss."""
         if inputs.get("attention_mask") is None and "attention_mask" in signature(model.forward).parameters:
             # some models look for padding where there is no mask, to warn, though not in a capture
             ones = torch.ones(kind[1], cache.columns, dtype=torch.long, device=self.device)
             inputs = inputs | {"attention_mask": ones}
-        with self._refusing(_name_of(kind)), NoWaiting():
+        with self._refusing(_name_of(kind)), NoWaiting(), _layers_of(model, settings):
             outputs = model(**inputs)
         others = [name for name, value in outputs.items() if value is not cache and name not in ("logits", MOVED)]
         reason = None
@@ -269,7 +277,8 @@ class DecodeGraphs:
         inputs: dict[str, Any],
     ) -> None:
         def run() -> ModelOutput:
-            return model(**inputs)
+            with _layers_of(model, settings):
+                return model(**inputs)
 
         with self._refusing(settings or _name_of(kind)), torch.inference_mode(False), torch.no_grad():
             if settings is not None:
@@ -311,6 +320,10 @@ class DecodeGraphs:
                 self._graphs.popitem(last=False)
         self._graphs.move_to_end(key)
         return graph
+
+
+def _layers_of(model: PreTrainedModel, settings: CompileSettings | None) -> AbstractContextManager:
+    return fused_layers(model) if settings is None else nullcontext()  # what is compiled, inductor fuses
 
 
 def _name_of(kind: tuple) -> str:

@@ -161,6 +161,7 @@ def looking_once(*seen: Look) -> Iterator[None]:
 def _settings() -> tuple:
     return (
         backend.backend(),
+        backend.fuses_layers(),
         torch.get_float32_matmul_precision(),
         torch.are_deterministic_algorithms_enabled(),
     )

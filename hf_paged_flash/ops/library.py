@@ -80,7 +80,7 @@ def _flash_forward(q, k, v, *tensors, deterministic=False, **arguments):
         return reference.flash_forward(q, k, v, **arguments)
     block_size = None if arguments.get("block_table") is None else k.shape[1]
     check_kernel_limits(q, v, block_size, arguments.get("cu_seqlens_q"))
-    result = _launcher("flash_forward")(q, k, v, **arguments)
+    result = launcher("flash_forward")(q, k, v, **arguments)
     count("kernel", "flash_forward")
     return result
 
@@ -93,7 +93,7 @@ def _flash_backward(dout, dlse, q, k, v, out, lse, *tensors, **arguments):
     else:
         check_kernel_limits(q, v, None, arguments.get("cu_seqlens_q"), backward=True)
         count("kernel", "flash_backward")
-        run = _launcher("flash_backward")
+        run = launcher("flash_backward")
     gradients = run(dout, dlse, q, k, v, out, lse, **arguments)
     return tuple(q.new_empty(0) if x is None else x for x in gradients)
 
@@ -103,7 +103,7 @@ def _paged_decode(q, k_cache, v_cache, **arguments):
         count("reference", "paged_decode")
         return reference.paged_decode(q, k_cache, v_cache, **arguments)
     check_kernel_limits(q, v_cache, None if arguments.get("block_table") is None else k_cache.shape[1])
-    result = _launcher("paged_decode")(q, k_cache, v_cache, **arguments)
+    result = launcher("paged_decode")(q, k_cache, v_cache, **arguments)
     count("kernel", "paged_decode")
     return result
 
@@ -112,7 +112,7 @@ def _store_kv(k, v, k_cache, v_cache, slot_mapping):
     if not use_kernels(k_cache):
         count("reference", "store_kv")
         return reference.store_kv(k, v, k_cache, v_cache, slot_mapping)
-    _launcher("store_kv")(k, v, k_cache, v_cache, slot_mapping)
+    launcher("store_kv")(k, v, k_cache, v_cache, slot_mapping)
     count("kernel", "store_kv")
 
 
@@ -121,7 +121,7 @@ def _copy_blocks(caches, copies):
         count("reference", "copy_blocks")
         return reference.copy_blocks(caches, copies)
     check_blocks_are_words(caches)
-    _launcher("copy_blocks")(caches, copies)
+    launcher("copy_blocks")(caches, copies)
     count("kernel", "copy_blocks")
 
 
@@ -148,7 +148,7 @@ def _refuse_backward(reason, grads, inputs):
 
 
 @cache
-def _launcher(name: str):
+def launcher(name: str):
     # Imported at the first launch: importing the package must work, and start nothing, without Triton.
     return getattr(import_module(f"hf_paged_flash.kernels.{name}"), name)
 

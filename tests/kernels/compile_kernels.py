@@ -105,6 +105,7 @@ def representative() -> list[Case]:
     cases += [_forward(90, "fp16", 128, page_size=64, packed=True, **EVERYTHING)]
     cases += [_forward(90, "bf16", 128, causal=False)]
     cases += [Case(arch, op, "fp16", 128, page_size=16) for arch in (75, 90) for op in ("store_kv", "copy_blocks")]
+    cases += [Case(arch, op, "bf16", 128) for arch in (80, 90, 100) for op in ("rms_norm", "rotary")]
     return cases + representative_backward()
 
 
@@ -145,6 +146,7 @@ def sweep() -> list[Case]:
             cases += [_decode(arch, dtype, d, batch=64, group=8, seqlen_q=2, **shape, **EVERYTHING)]
             cases += [_decode(arch, dtype, d, group=group, seqlen_q=16, **shape, **EVERYTHING) for group in (1, 2, 8)]
             cases += [Case(arch, "store_kv", dtype, d, page_size=16, **shape)]
+            cases += [Case(arch, op, dtype, d) for op in ("rms_norm", "rotary") if not dv]
     return cases
 
 
@@ -156,6 +158,8 @@ def _launch(case: Case) -> None:
     from hf_paged_flash.kernels.flash_backward import flash_backward
     from hf_paged_flash.kernels.flash_forward import flash_forward
     from hf_paged_flash.kernels.paged_decode import paged_decode
+    from hf_paged_flash.kernels.rms_norm import rms_norm
+    from hf_paged_flash.kernels.rotary import rotary
     from hf_paged_flash.kernels.store_kv import store_kv
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[case.dtype]
@@ -180,6 +184,14 @@ def _launch(case: Case) -> None:
     if case.op == "store_kv":
         new_k, new_v = tensor(batch, 512, kv_heads, case.head_dim), tensor(batch, 512, kv_heads, v_head_dim)
         store_kv(new_k, new_v, k, v, tensor(batch * 512, dtype=torch.int64))
+    elif case.op == "rms_norm":
+        hidden = kv_heads * case.group * case.head_dim
+        rms_norm(tensor(batch, 1, hidden), tensor(hidden), 1e-6)
+        rms_norm(tensor(batch, 1, heads, case.head_dim), tensor(case.head_dim), 1e-6, offset=1.0, casting_mode="gemma")
+    elif case.op == "rotary":
+        q, k = (tensor(batch, 1, n, case.head_dim).transpose(1, 2) for n in (heads, kv_heads))
+        for rotary_dim in (case.head_dim, case.head_dim // 2):
+            rotary(q, k, tensor(batch, 1, rotary_dim), tensor(batch, 1, rotary_dim))
     elif case.op == "copy_blocks":
         copy_blocks([k, v], tensor(15, 2, dtype=torch.int64))
     elif case.op == "paged_decode":

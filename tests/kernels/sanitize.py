@@ -31,7 +31,7 @@ import torch
 
 from hf_paged_flash.eval.results import Recorder, results_folder
 from hf_paged_flash.kernels import hopper
-from hf_paged_flash.ops import reference, reference_backward
+from hf_paged_flash.ops import reference, reference_backward, reference_layers
 
 TOOLS = ("memcheck", "racecheck")
 SUMMARY = {
@@ -160,6 +160,26 @@ def store_kv(device: str) -> None:
     assert all(torch.equal(x.cpu(), y) for x, y in zip(moved, caches, strict=True))
 
 
+def rms_norm(device: str) -> None:
+    from hf_paged_flash.kernels.rms_norm import rms_norm as launcher
+
+    for width in (72, 128, 4096):
+        x, weight = _random(3, 2, width), _random(width)
+        out = launcher(x.to(device), weight.to(device), 1e-6)
+        torch.testing.assert_close(out.cpu(), reference_layers.rms_norm(x, weight, 1e-6), rtol=1e-2, atol=1e-2)
+
+
+def rotary(device: str) -> None:
+    from hf_paged_flash.kernels.rotary import rotary as launcher
+
+    for head_dim, rotary_dim in ((128, 128), (72, 24)):
+        q, k = _random(2, 6, 3, head_dim), _random(2, 3, 3, head_dim)
+        angles = [_random(2, 3, rotary_dim) for _ in range(2)]
+        outs = launcher(*(x.to(device) for x in (q, k, *angles)))
+        for out, expected in zip(outs, reference_layers.rotary(q, k, *angles), strict=True):
+            torch.testing.assert_close(out.cpu(), expected, rtol=1e-2, atol=1e-2)
+
+
 def copy_blocks(device: str) -> None:
     from hf_paged_flash.kernels.copy_blocks import copy_blocks as launcher
 
@@ -218,7 +238,9 @@ def hopper_handover(device: str) -> None:
     assert handover(device) == 7
 
 
-PORTABLE = (forward, paged_forward, paged_decode, store_kv, copy_blocks, backward, modified_backward)
+PORTABLE = (
+    forward, paged_forward, paged_decode, store_kv, copy_blocks, rms_norm, rotary, backward, modified_backward,
+)  # fmt: skip
 CASES = {case.__name__: case for case in (*PORTABLE, hopper_forward, hopper_backward, hopper_handover)}
 
 

@@ -1,0 +1,58 @@
+"""Norms and rotary embeddings as torch sees them: `rms_norm` and `rotary` of the namespace `hf_paged_flash`.
+
+Arguments and results as in `hf_paged_flash.ops.reference_layers`. Without gradients.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.library import Library, register_fake
+
+from hf_paged_flash.backend import count, use_kernels
+from hf_paged_flash.ops import reference_layers
+from hf_paged_flash.ops.library import launcher
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+WIDEST = 32768  # row that a norm's program holds
+
+_library = Library("hf_paged_flash", "FRAGMENT")
+for _schema in (
+    'rms_norm(Tensor x, Tensor weight, float eps, *, float offset=0.0, str casting_mode="llama") -> Tensor',
+    "rotary(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor q_embed, Tensor k_embed)",
+):
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _rms_norm(x, weight, eps, **options):
+    return _run("rms_norm", x, weight, eps, **options)
+
+
+def _rotary(q, k, cos, sin):
+    return _run("rotary", q, k, cos, sin)
+
+
+def _run(name: str, first: torch.Tensor, *arguments, **options):
+    uses_kernels = use_kernels(first)
+    run = launcher(name) if uses_kernels else getattr(reference_layers, name)
+    result = run(first, *arguments, **options)
+    count("kernel" if uses_kernels else "reference", name)
+    return result
+
+
+def _rms_norm_fake(x, weight, eps, **_):
+    return x.new_empty(x.shape)
+
+
+def _rotary_fake(q, k, cos, sin):
+    return torch.empty_like(q), torch.empty_like(k)
+
+
+for _name, _implementation, _fake in (
+    ("rms_norm", _rms_norm, _rms_norm_fake),
+    ("rotary", _rotary, _rotary_fake),
+):
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    register_fake(f"hf_paged_flash::{_name}", _fake, lib=_library)
+
+rms_norm = torch.ops.hf_paged_flash.rms_norm.default
+rotary = torch.ops.hf_paged_flash.rotary.default
