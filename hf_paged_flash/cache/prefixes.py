@@ -22,7 +22,7 @@ class Prefixes:
     Attributes:
         tokens_asked: tokens of prompts that were looked up.
         tokens_hit: those of them that were not computed, as they were known or shared in the batch.
-        weights: of the model that computed what is known, and the state each was in; others make other keys.
+        weights: of the model that computed what is known, and the state they were in; others make other keys.
     """
 
     def __init__(self, groups: PageGroups, config: PreTrainedConfig) -> None:
@@ -33,10 +33,10 @@ class Prefixes:
                 f"{type(config).__name__}: leave it out"
             )
         self.tokens_asked = self.tokens_hit = 0
-        self.weights: list[tuple[weakref.ref, tuple]] = []
+        self.weights: tuple[list[weakref.ref], tuple] = [], ()
 
     def __getstate__(self) -> dict:
-        return vars(self) | {"weights": []}  # nothing that was kept comes along, nor does the model
+        return vars(self) | {"weights": ([], ())}  # nothing that was kept comes along, nor does the model
 
     def start_rows(
         self, groups: PageGroups, root: Hashable, rows: Sequence[PromptRow], *, shares: bool

@@ -1,7 +1,7 @@
 """A model as it was when somebody looked, and whether it still is: so long a captured forward of it holds.
 
 To read a large model's modules takes longer than to launch a graph of its forward; to see that none has changed takes
-a tenth of that.
+a tenth of that, as it is to be seen in every call.
 """
 
 import threading
@@ -9,8 +9,8 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from itertools import chain
-from operator import is_, itemgetter
+from itertools import chain, repeat
+from operator import attrgetter, is_, itemgetter
 from typing import Any, TypeVar
 
 import torch
@@ -42,28 +42,34 @@ class Look:
         modules = list(model.modules())
         self._model, self.model_id = weakref.ref(model), id(model)
         self._settings = _settings()
-        self._modules = [_ModuleLook(module) for module in modules]
-        self._tensors = [
-            (weakref.ref(tensor), _plain(tensor))
+        self._looks = [_ModuleLook(module) for module in modules]
+        self._forwards = {type(module): type(module).forward for module in modules}
+        # what is compared by identity is all compared at once: a call for each of some 400 modules takes much longer
+        alike = [module for module in modules if MOVED not in vars(module)]
+        self._alike, self._identities = [weakref.ref(module) for module in alike], _identities(alike)
+        self._others = [look for look in self._looks if look.has_more]
+        tensors = [
+            tensor
             for module in modules
             for tensor in chain(module._parameters.values(), module._buffers.values())
             if tensor is not None
         ]
+        self._tensors, self._places = [weakref.ref(tensor) for tensor in tensors], places_of(tensors)
         self._configs = [(config, _plain(vars(config))) for config in _configs(modules)]
         self._told: dict[Callable, Any] = {}
 
     def holds(self) -> bool:
-        """Whether the model is still so."""
-        if self._settings != _settings():
-            return False
-        try:
-            return (
-                all([look.holds() for look in self._modules])
-                and all([_plain(tensor()) == told for tensor, told in self._tensors])
-                and all([_plain(vars(config)) == told for config, told in self._configs])
-            )
-        except KeyError:  # an attribute is gone
-            return False
+        """Whether nothing was replaced since, not even by its equal: then a new look has the same fingerprint."""
+        alike, tensors = ([reference() for reference in references] for references in (self._alike, self._tensors))
+        return (
+            self._settings == _settings()
+            and not any(map(is_, chain(alike, tensors), repeat(None)))
+            and _identities(alike) == self._identities
+            and places_of(tensors) == self._places
+            and all([of.forward is forward for of, forward in self._forwards.items()])
+            and all([look.holds() for look in self._others])
+            and all([_plain(vars(config)) == told for config, told in self._configs])
+        )
 
     def of(self, tell: Callable[[PreTrainedModel], Told]) -> Told:
         """`tell(model)`, which depends on nothing that may change while the look holds."""
@@ -74,60 +80,59 @@ class Look:
     @cached_property
     def fingerprint(self) -> tuple:
         """Equal for looks at the same modules in the same state, whatever hooks there are: graphs run none."""
-        modules = tuple(look.state for look in self._modules)
-        tensors, configs = (tuple(told for _, told in told_of) for told_of in (self._tensors, self._configs))
-        return self._settings, modules, tensors, configs
+        modules = tuple(look.state for look in self._looks)
+        return self._settings, modules, self._places, tuple(told for _, told in self._configs)
 
 
 class _ModuleLook:
-    """One module: its parts by identity, plain values by what they are."""
+    """One module: its parts by identity, plain values by what they are.
+
+    Attributes:
+        state: all of it.
+        has_more: whether there is more than `_identities` sees.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self._module = weakref.ref(module)
-        values = vars(module)
-        own = {name: value for name, value in values.items() if name not in _NOT_LOOKED_AT}
-        plain = [name for name, value in own.items() if isinstance(value, _PLAIN)]
-        self._length = len(values)
-        self._plain = itemgetter("training", "training", *plain)  # of two at least: of one it makes no tuple
-        # by identity: functions that somebody may replace, and configurations, which a Look keeps
-        parts = [name for name, value in own.items() if callable(value) or isinstance(value, PreTrainedConfig)]
-        self._parts = itemgetter(*parts, parts[0]) if parts else None
-        self._others = [name for name in own if name not in {*plain, *parts}]
-        self._forward = type(module).forward
-        self._hooks = _ids(_HOOKS(values))
-        self.state = id(module), self._plain(values), self._identities(values), self._rest(values)
+        self._names = [name for name in vars(module) if name not in _NOT_LOOKED_AT]
+        self.state = self._read(vars(module))
+        plain_or_part = (*_PLAIN, PreTrainedConfig)
+        self.has_more = MOVED in vars(module) or not all(
+            isinstance(vars(module)[name], plain_or_part) or callable(vars(module)[name]) for name in self._names
+        )
 
     def holds(self) -> bool:
         module = self._module()
         if module is None:
             return False
-        values = module.__dict__
-        _, plain, identities, rest = self.state
-        return (
-            len(values) == self._length
-            and type(module).forward is self._forward
-            and _are_same(self._plain(values), plain)
-            and self._identities(values) == identities
-            and _ids(_HOOKS(values)) == self._hooks
-            and (not self._others or self._rest(values) == rest)
-        )
+        names = [name for name in vars(module) if name not in _NOT_LOOKED_AT]
+        return names == self._names and self._read(vars(module)) == self.state
 
-    def _identities(self, values: dict) -> tuple:
-        return _ids(_HELD(values)), self._parts and tuple(map(id, self._parts(values)))
-
-    def _rest(self, values: dict) -> tuple:
-        return tuple([_plain(values[name]) for name in self._others])
+    def _read(self, values: dict) -> tuple:
+        own = [values[name] for name in self._names]
+        held = tuple(map(id, chain.from_iterable(map(dict.values, _HELD(values)))))
+        return id(self._module()), values["training"], held, tuple([_part(value) for value in own])
 
 
-def _are_same(values: tuple, plain: tuple) -> bool:
-    """Whether `values` are the `plain` ones; a tensor in the place of one is not compared, which may fail or wait."""
-    if all(map(is_, values, plain)):
-        return True
-    return all([isinstance(value, _PLAIN) for value in values]) and values == plain
+def _part(value):
+    # functions that somebody may replace, and configurations, which a Look keeps, by identity
+    return id(value) if isinstance(value, PreTrainedConfig) or callable(value) else _plain(value)
 
 
-def _ids(dicts: tuple[dict, ...]) -> tuple[int, ...]:
-    return tuple(map(id, chain.from_iterable(map(dict.values, dicts))))
+def _identities(modules: list[nn.Module]) -> tuple:
+    """What modules are made of, by identity and by name. As long as a `_ModuleLook` keeps their plain values."""
+    values = list(map(vars, modules))
+    dicts = chain(values, chain.from_iterable(map(_HELD, values)), chain.from_iterable(map(_HOOKS, values)))
+    return list(map(tuple, values)), list(map(id, chain.from_iterable(map(dict.values, dicts))))
+
+
+def places_of(tensors: list[torch.Tensor]) -> tuple:
+    """Where tensors lie, and what they are."""
+    try:
+        addresses = tuple(map(torch.Tensor.data_ptr, tensors))
+    except RuntimeError:  # there are tensors that are made of others
+        addresses = tuple(map(_address, tensors))
+    return addresses, tuple(map(attrgetter("dtype", "shape"), tensors))
 
 
 _looks: "weakref.WeakKeyDictionary[PreTrainedModel, Look]" = weakref.WeakKeyDictionary()

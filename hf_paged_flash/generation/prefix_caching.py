@@ -7,6 +7,7 @@ from then on their full blocks are known. At the end of a call so are those of w
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from operator import attrgetter, is_
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from transformers.utils import ModelOutput, logging
 from ..cache import PagedCache
 from ..cache.prompt_row import Media, PromptRow
 from ..errors import ArgumentError
-from .looking import Look, look_at, looking_once
+from .looking import Look, look_at, looking_once, places_of
 from .media import PLACES, has_contents, media_of, without_media
 from .packable import NotPacked, of_rows, why_not_these, why_padded
 from .packed_rows import packed_draft
@@ -73,7 +74,7 @@ def enabled_cache(model: PreTrainedModel) -> PagedCache | None:
     look = look_at(model)
     with looking_once(look):
         are_same = _are_weights_of(model, cache)
-        if cache.prefixes.weights and not are_same:  # of another device or dtype, perhaps
+        if cache.prefixes.weights[0] and not are_same:  # of another device or dtype, perhaps
             kept = cache.group.store.kept_memory or True
             cache.__dict__.update(vars(PagedCache(cache.config, cache.group.block_size, prefix_caching=kept)))
         _begin_rows(cache, model, are_same)
@@ -97,7 +98,8 @@ def seen_for(cache: object) -> tuple[Look, ...]:
 
 def _begin_rows(cache: PagedCache, model: PreTrainedModel, are_same: bool) -> None:
     if not are_same:  # another model's, or they were changed: their keys are others
-        cache.prefixes.weights = [(weight, _state_of(weight())) for weight in look_at(model).of(_weights)]
+        weights = look_at(model).of(_weights)
+        cache.prefixes.weights = weights, _state_of([weight() for weight in weights])
         cache.reset()
     elif cache.columns:
         cache.release(np.arange(cache.batch_size))
@@ -108,23 +110,23 @@ def _begin_rows(cache: PagedCache, model: PreTrainedModel, are_same: bool) -> No
 
 def _are_weights_of(model: PreTrainedModel, cache: PagedCache) -> bool:
     """Whether `cache` is of this model, and no weight or buffer was written to, replaced or moved since."""
-    told, weights = cache.prefixes.weights, [weight() for weight in look_at(model).of(_weights)]
-    return len(told) == len(weights) and all(
-        weight() is x and state == _state_of(x) for (weight, state), x in zip(told, weights, strict=True)
-    )
+    (told, state), weights = cache.prefixes.weights, look_at(model).of(_weights)
+    tensors = [weight() for weight in weights]
+    are_same = told is weights or (len(told) == len(weights) and all(map(is_, (x() for x in told), tensors)))
+    return are_same and state == _state_of(tensors)
 
 
 def _weights(model: PreTrainedModel) -> list[weakref.ref]:
     return [weakref.ref(x) for x in (*model.parameters(), *model.buffers())]
 
 
-def _state_of(x: torch.Tensor) -> tuple:
-    """Another one once `x` was written to or moved."""
+def _state_of(weights: list[torch.Tensor]) -> tuple:
+    """Another one once any was written to or moved."""
     try:
-        address = x.data_ptr()
-    except RuntimeError:  # a sharded tensor has several
-        address = None
-    return address, None if x.is_inference() else x._version
+        versions = tuple(map(attrgetter("_version"), weights))
+    except RuntimeError:  # there are inference tensors, which have none
+        versions = tuple(None if x.is_inference() else x._version for x in weights)
+    return places_of(weights), versions
 
 
 def _root_of(model: PreTrainedModel) -> Hashable:

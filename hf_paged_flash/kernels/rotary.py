@@ -139,5 +139,6 @@ def rotary(
             BLOCK_D=triton.next_power_of_2(rotary_dim // 2),
             BLOCK_REST=triton.next_power_of_2(max(1, head_dim - rotary_dim)),
             num_warps=2,
+            enable_fp_fusion=False,  # a product and a sum in one would not be rounded as two
         )
     return q_out, k_out
