@@ -72,6 +72,8 @@ def test_graphs_are_on_until_switched_off(monkeypatch, value, expected):
     assert again.graphs() is not expected
     with pytest.raises(ArgumentError, match="`graphs` must be True, False or None, got 'yes'"):
         again.configure(graphs="yes")
+    with pytest.raises(ArgumentError, match="`fused_layers` must be True, False or None, got 1"):
+        again.configure(fused_layers=1)
 
 
 def test_graphs_variable_with_a_wrong_value(monkeypatch):

@@ -12,7 +12,7 @@ All graphs of a model share one memory pool. They run one after another, for one
 import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from inspect import signature
 from threading import Lock
 from typing import Any
@@ -29,7 +29,7 @@ from ..cache.prepared_forward import PackedTokens, static_forward
 from ..cache.step_buffers import StepBuffers
 from .capturable import NotCapturable, NoWaiting
 from .compiled_forward import CompiledForward, CompileSettings
-from .fused_layers import fused_layers
+from .fused_layers import fused_layers, own_layers
 from .looking import Look, look_at
 from .media import MOVED, of_tokens
 
@@ -323,7 +323,7 @@ class DecodeGraphs:
 
 
 def _layers_of(model: PreTrainedModel, settings: CompileSettings | None) -> AbstractContextManager:
-    return fused_layers(model) if settings is None else nullcontext()  # what is compiled, inductor fuses
+    return fused_layers(model) if settings is None else own_layers()  # what is compiled, inductor fuses
 
 
 def _name_of(kind: tuple) -> str:

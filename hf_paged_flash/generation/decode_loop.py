@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain, repeat
 from typing import Any
@@ -22,7 +22,8 @@ from ..ops.flash_attn import MAX_DECODE_QUERIES
 from .capturable import NotCapturable, obstacle
 from .compiled_forward import CompileSettings
 from .decode_graph import PROMPT, STEP, DecodeGraphs, forget, graphs_of
-from .looking import looking_once
+from .fused_layers import fused_layers
+from .looking import Look, look_at, looking_once
 from .prefix_caching import first_forward, seen_for
 from .short_prompt import last_columns, length_of
 
@@ -74,7 +75,7 @@ def decode_loop(
         pads_finished_rows: where a criterion has an end of sequence, the loop does not look at what the model says of
             rows that one has stopped.
     """
-    first, seen = model, seen_for(cache)
+    first, seen, outer = model, seen_for(cache), getattr(_here, "loop", None)
     if begins_with_prefill and isinstance(cache, PagedCache) and cache.prefixes is not None:
         first = partial(first_forward, model, cache, generation_config)
     graphs = graphs_of(model) if _is_paged(cache) else None
@@ -84,10 +85,10 @@ def decode_loop(
     if graphs is None or reason is not None:
         if not backend.graphs():
             forget(model)
-        yield (model if first is model else _InLoop(model, _begin_with(first, model))), stopping_criteria
+        with nullcontext() if graphs is None else _prepared(model, seen, outer):
+            yield (model if first is model else _InLoop(model, _begin_with(first, model))), stopping_criteria
         return
     graphs.lend_addresses(cache)
-    outer = getattr(_here, "loop", None)
     loop = _Loop(model, cache, generation_config, graphs, keeps_logits, outer)
     call = _begin_with(first, loop.forward) if begins_with_prefill else loop.forward
     around = getattr(_here, "innermost", None)
@@ -96,11 +97,22 @@ def decode_loop(
         if any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria):
             stopping_criteria = _Watched(stopping_criteria, loop.finished)
     try:
-        with looking_once(*seen):
+        with _prepared(model, seen, outer):
             yield _InLoop(model, call), stopping_criteria
     finally:
         _here.loop, _here.innermost = outer, around
         loop.close()
+
+
+@contextmanager
+def _prepared(model: PreTrainedModel, seen: tuple[Look, ...], outer: "_Loop | None") -> Iterator[None]:
+    """Around a loop's forwards. An assistant's, which begins anew with each draft, is not looked at for nothing."""
+    if outer is not None:
+        with looking_once(*seen):
+            yield
+        return
+    with looking_once(*(seen or [look_at(model)])), fused_layers(model):
+        yield
 
 
 def _begin_with(first: Callable, then: Callable) -> Callable:

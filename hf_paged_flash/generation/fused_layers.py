@@ -1,17 +1,19 @@
-"""Norms and rotary embeddings as one kernel each, in forwards that are captured.
+"""Norms and rotary embeddings as one kernel each, while `generate()` runs.
 
-A model writes them out operator by operator, some 25 a layer, each of which takes longer to start than to run: a fifth
-of a decode step of an 8B model. Where a class' code is, word for word, one that is known, its modules run the operator
-that stands for it while a forward is captured, and their own code otherwise. Every product is rounded as theirs; only
-the order in which a norm sums differs.
+A model writes them out operator by operator, some 25 a layer. In a decode step each takes longer to start than to run,
+in all a fifth of the time of an 8B model; of a long prompt each moves the hidden states through memory once more.
+Where a class' code is, word for word, one that is known, its modules run the operator that stands for it. It rounds
+every product as they do; only the order in which a norm sums differs.
 """
 
 import ast
 import inspect
 import textwrap
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache
 from types import FunctionType, MethodType
 from typing import Any, NamedTuple
@@ -22,7 +24,7 @@ from transformers import PreTrainedModel
 
 from .. import backend
 from ..ops import layers
-from .looking import look_at
+from .looking import look_at, runs_its_class, stand_in
 
 _ROTARY, _ROTATE_HALF = "apply_rotary_pos_emb", "rotate_half"
 
@@ -101,63 +103,105 @@ class _Norm(NamedTuple):
     offset: float = 0.0
 
 
+@dataclass
+class _Fused:
+    """A model's modules that run something else for now, and how many `fused_layers` there are of it."""
+
+    count: int = 0
+    modules: list[weakref.ref] = field(default_factory=list)
+
+
+_lock = threading.Lock()
+_models: "weakref.WeakKeyDictionary[PreTrainedModel, _Fused]" = weakref.WeakKeyDictionary()
+_here = threading.local()  # `own`: within `own_layers`
+
+
 @contextmanager
 def fused_layers(model: PreTrainedModel) -> Iterator[None]:
     """Within it modules of `model` that are known run as one operator each, unless `configure` has switched that off.
 
-    They go on running their own code where gradients are asked for, which these operators do not have.
+    In all threads, but where gradients are asked for, which these operators do not have.
     """
-    changed = []
+    forwards = look_at(model).of(_forwards) if backend.fuses_layers() else []
+    with _lock:
+        fused = _models.setdefault(model, _Fused())
+        fused.count += 1
+        if fused.count == 1:
+            fused.modules = [module for module, _ in forwards]
+            for module, forward in forwards:
+                vars(module())["forward"] = MethodType(forward, module())
     try:
-        for reference, forward in look_at(model).of(_forwards) if backend.fuses_layers() else ():
-            module = reference()
-            vars(module)["forward"] = MethodType(forward, module)
-            changed.append(module)
         yield
     finally:
-        for module in changed:
-            del vars(module)["forward"]
+        with _lock:
+            fused.count -= 1
+            if fused.count == 0:
+                for module in [reference() for reference in fused.modules]:
+                    if module is not None:
+                        vars(module).pop("forward", None)
+
+
+@contextmanager
+def own_layers() -> Iterator[None]:
+    """Within it all modules run their own code in this thread, whatever `fused_layers` there are around it."""
+    before = getattr(_here, "own", False)
+    _here.own = True
+    try:
+        yield
+    finally:
+        _here.own = before
 
 
 def _forwards(model: PreTrainedModel) -> list[tuple[weakref.ref, Callable]]:
-    """The modules that are known, and what they run."""
-    found = ((module, _forward_of(type(module))) for module in model.modules() if "forward" not in vars(module))
+    """The modules that are known, and what they run; none of a model that is compiled, and would be anew."""
+    modules = list(model.modules())
+    if any(module._compiled_call_impl is not None for module in modules):
+        return []
+    found = ((module, _forward_of(type(module))) for module in modules if runs_its_class(module))
     return [(weakref.ref(module), forward) for module, forward in found if forward is not None]
 
 
-@cache
 def _forward_of(module_class: type) -> Callable | None:
-    norms = {
-        _code_of(_LlamaNorm): _Norm("variance_epsilon", "llama"),
-        _code_of(_OlmoNorm): _Norm("variance_epsilon", "gemma"),
-        _code_of(_GemmaNorm): _Norm("eps", "gemma", 1.0),
+    forward = module_class.forward
+    norm = _norms().get(_code_of_norm(module_class))
+    if norm is not None:
+        return _norm_forward(forward, norm)
+    if not isinstance(forward, FunctionType) or _ROTARY not in forward.__code__.co_names:
+        return None
+    original = forward.__globals__.get(_ROTARY)
+    rotate_half = getattr(original, "__globals__", {}).get(_ROTATE_HALF)
+    known = map(_code_of, (_rotary, _partial_rotary, _phi_rotary))
+    if _code_of(original) not in known or _code_of(rotate_half) != _code_of(_rotate_half):
+        return None
+    return _with_rotary(forward, original)
+
+
+@cache
+def _norms() -> dict[tuple, _Norm]:
+    return {
+        _code_of_norm(_LlamaNorm): _Norm("variance_epsilon", "llama"),
+        _code_of_norm(_OlmoNorm): _Norm("variance_epsilon", "gemma"),
+        _code_of_norm(_GemmaNorm): _Norm("eps", "gemma", 1.0),
     }
-    norm = norms.get(_code_of(module_class))
-    return _with_rotary(module_class) if norm is None else _norm_forward(module_class, norm)
 
 
-def _norm_forward(module_class: type, norm: _Norm) -> Callable:
+@cache
+def _norm_forward(original: Callable, norm: _Norm) -> Callable:
+    @stand_in
     def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
         weight = self.weight
         is_known = _are_known(x, weight) and weight.shape == x.shape[-1:] and len(weight) <= layers.WIDEST
         if not is_known or (norm.casting_mode == "llama" and weight.dtype != x.dtype):
-            return module_class.forward(self, x)
+            return original(self, x)
         epsilon = getattr(self, norm.epsilon)
         return layers.rms_norm(x, weight, epsilon, offset=norm.offset, casting_mode=norm.casting_mode)
 
     return forward
 
 
-def _with_rotary(module_class: type) -> Callable | None:
-    """The forward of a class that calls `apply_rotary_pos_emb`, as it is but for that."""
-    forward = module_class.forward
-    if not isinstance(forward, FunctionType) or _ROTARY not in forward.__code__.co_names:
-        return None
-    original = forward.__globals__.get(_ROTARY)
-    rotate_half = getattr(original, "__globals__", {}).get(_ROTATE_HALF)
-    known = {_code_of(function) for function in (_rotary, _partial_rotary, _phi_rotary)}
-    if _code_of(original) not in known or _code_of(rotate_half) != _code_of(_rotate_half):
-        return None
+@cache
+def _with_rotary(forward: FunctionType, original: Callable) -> Callable:
+    """`forward`, which calls `original`, as it is but for that."""
 
     def fused(q, k, cos, sin, unsqueeze_dim=1):
         shapes = q.dim() == k.dim() == 4 and cos.dim() == 3 and cos.shape == sin.shape
@@ -168,7 +212,7 @@ def _with_rotary(module_class: type) -> Callable | None:
     names = forward.__globals__ | {_ROTARY: fused}
     copy = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     copy.__kwdefaults__ = forward.__kwdefaults__
-    return copy
+    return stand_in(copy)
 
 
 def _are_turned(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
@@ -184,22 +228,23 @@ def _are_turned(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.
 
 
 def _are_known(*tensors: torch.Tensor) -> bool:
-    return not torch.is_grad_enabled() and all(
+    if torch.is_grad_enabled() or getattr(_here, "own", False):
+        return False
+    return all(
         type(x) in (torch.Tensor, nn.Parameter) and x.dtype in layers.DTYPES and x.device == tensors[0].device
         for x in tensors
     )
 
 
+def _code_of_norm(module_class: type) -> tuple[str | None, ...]:
+    return tuple(_code_of(getattr(module_class, name, None)) for name in ("_norm", "forward"))
+
+
 @cache
-def _code_of(what: Any) -> str | None:
-    """What a function, or a norm's class, does, word for word; None for what has no code of its own."""
-    functions = [what]
-    if isinstance(what, type):
-        functions = [getattr(what, name) for name in ("_norm", "forward") if hasattr(what, name)]
-    if not functions or not all(isinstance(function, FunctionType) for function in functions):
-        return None
+def _code_of(function: Any) -> str | None:
+    """What a function does, word for word; None for what is no function with code to be read."""
     try:
-        return "\n".join(_words_of(inspect.getsource(function)) for function in functions)
+        return _words_of(inspect.getsource(function)) if isinstance(function, FunctionType) else None
     except (OSError, SyntaxError, TypeError):  # typed in at a prompt
         return None
 

@@ -1,0 +1,235 @@
+"""Norms and rotary embeddings as one operator each, while generate() runs, where the code is the one known."""
+
+from collections import Counter
+from types import MethodType
+
+import pytest
+import torch
+from transformers import CompileConfig
+from transformers.models.llama import modeling_llama
+
+from hf_paged_flash import configure, counters, reset_counters
+from hf_paged_flash.eval.finding import build
+from hf_paged_flash.generation.fused_layers import fused_layers, own_layers
+from hf_paged_flash.generation.looking import Look
+from hf_paged_flash.ops import layers
+from tests.integration.models import LENGTHS, new_tokens, unpadded_runs
+from tests.tiny_models import ragged_batch, tiny_config, tiny_model
+
+INPUT_IDS = torch.arange(3, 21).view(2, 9)
+# calls of each operator in a forward of three layers
+TINY = {
+    "llama": {"rms_norm": 7, "rotary": 3},
+    "qwen3": {"rms_norm": 13, "rotary": 3},
+    "gemma2": {"rms_norm": 13, "rotary": 3},
+    "gemma3_text": {"rms_norm": 19, "rotary": 3},
+    "phi3": {"rms_norm": 7, "rotary": 3},
+    "gpt_oss": {"rms_norm": 7},
+    "gpt2": {},
+}
+# code of their own in one of both, part of a head turned, angles in fp32, layers that share their keys
+OTHERS = ("cohere2", "exaone4", "glm4", "gpt_neox", "granite", "mixtral", "olmo2", "phi", "smollm3", "stablelm")
+
+
+@pytest.fixture
+def llama():
+    return tiny_model(tiny_config("llama"), "paged_flash").eval()
+
+
+@pytest.fixture(autouse=True)
+def count_anew():
+    reset_counters()
+    yield
+    configure(fused_layers=True)
+    reset_counters()
+
+
+def calls() -> dict[str, int]:
+    counted = Counter(counters().reference) + Counter(counters().kernel)
+    return {name: counted[name] for name in ("rms_norm", "rotary") if counted[name]}
+
+
+@torch.no_grad()
+def both(model) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of the model's own code, and of what is fused."""
+    own = model(input_ids=INPUT_IDS).logits
+    assert calls() == {}
+    with fused_layers(model):
+        return own, model(input_ids=INPUT_IDS).logits
+
+
+@pytest.mark.parametrize("model_type", TINY)
+def test_tiny_models(model_type):
+    own, fused = both(tiny_model(tiny_config(model_type), "paged_flash").eval())
+    assert torch.equal(fused, own)
+    assert calls() == TINY[model_type]
+
+
+@pytest.mark.parametrize("model_type", OTHERS)
+def test_other_types(model_type):
+    own, fused = both(build(model_type, "paged_flash"))
+    torch.testing.assert_close(fused, own, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision(dtype):
+    own, fused = both(tiny_model(tiny_config("gemma3_text"), "paged_flash").eval().to(dtype))
+    assert torch.equal(fused, own)
+    assert calls() == TINY["gemma3_text"]
+
+
+def test_modules_are_put_back(llama):
+    before = [list(vars(module)) for module in llama.modules()]
+    with pytest.raises(RuntimeError, match="within"), fused_layers(llama):
+        assert [list(vars(module)) for module in llama.modules()] != before
+        raise RuntimeError("within")
+    assert [list(vars(module)) for module in llama.modules()] == before
+
+
+def test_one_within_another(llama):
+    """As in several threads, of which each may be the last."""
+    first, second = fused_layers(llama), fused_layers(llama)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    with torch.no_grad():
+        llama(input_ids=INPUT_IDS)
+    assert calls() == TINY["llama"]
+    second.__exit__(None, None, None)
+    assert not any("forward" in vars(module) for module in llama.modules())
+
+
+def test_own_layers_within(llama):
+    with fused_layers(llama), own_layers(), torch.no_grad():
+        llama(input_ids=INPUT_IDS)
+    assert calls() == {}
+
+
+def test_a_look_does_not_see_them(llama):
+    look = Look(llama)
+    with fused_layers(llama):
+        assert Look(llama).fingerprint == look.fingerprint
+    assert look.holds()
+
+
+def test_layers_that_are_compiled_are_left_alone(llama):
+    llama.model.layers[1].compile(backend="eager")
+    with fused_layers(llama):
+        assert "forward" not in vars(llama.model.norm)
+
+
+def test_switched_off(llama):
+    configure(fused_layers=False)
+    own, fused = both(llama)
+    assert torch.equal(own, fused) and calls() == {}
+
+
+def test_gradients_come_from_their_own_code(llama):
+    with fused_layers(llama):
+        llama(input_ids=INPUT_IDS, labels=INPUT_IDS).loss.backward()
+    assert calls() == {} and llama.model.norm.weight.grad is not None
+
+
+class TestWhatIsNotKnown:
+    def test_a_norm_that_does_more(self, llama):
+        class Doubled(modeling_llama.LlamaRMSNorm):
+            def forward(self, hidden_states):
+                return 2 * super().forward(hidden_states)
+
+        llama.model.norm.__class__ = Doubled
+        own, fused = both(llama)
+        assert torch.equal(own, fused) and calls()["rms_norm"] == 6
+
+    def test_a_forward_of_the_users_own(self, llama):
+        norm = llama.model.norm
+        norm.forward = MethodType(lambda self, x: 2 * type(self).forward(self, x), norm)
+        own, fused = both(llama)
+        assert torch.equal(own, fused) and calls()["rms_norm"] == 6
+        assert "forward" in vars(norm)
+
+    def test_another_rotary_embedding(self, llama, monkeypatch):
+        """As libraries with kernels of their own put into transformers."""
+        original = modeling_llama.apply_rotary_pos_emb
+
+        def turned_back(q, k, cos, sin, unsqueeze_dim=1):
+            return original(q, k, cos, -sin, unsqueeze_dim)
+
+        both(llama)
+        reset_counters()
+        monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", turned_back)
+        own, fused = both(tiny_model(tiny_config("llama"), "paged_flash").eval())
+        assert torch.equal(own, fused) and "rotary" not in calls()
+
+    def test_weights_of_another_dtype(self, llama):
+        norm, x = llama.model.norm, torch.randn(2, 64, dtype=torch.float16)
+        with torch.no_grad():
+            own = norm(x)
+            with fused_layers(llama):
+                assert torch.equal(norm(x), own)
+        assert own.dtype == torch.float32 and calls() == {}
+
+    def test_fp64(self, llama):
+        own, fused = both(llama.to(torch.float64))
+        assert torch.equal(own, fused) and calls() == {}
+
+    def test_rows_wider_than_a_program_holds(self, llama, monkeypatch):
+        monkeypatch.setattr(layers, "WIDEST", 63)
+        own, fused = both(llama)
+        assert torch.equal(own, fused) and "rms_norm" not in calls()
+
+    def test_weights_that_are_no_plain_tensors(self, llama):
+        for module in llama.modules():
+            if isinstance(module, modeling_llama.LlamaRMSNorm):
+                module.weight = torch.nn.Parameter(module.weight.detach().as_subclass(_Tensor))
+        own, fused = both(llama)
+        assert torch.equal(own, fused) and "rms_norm" not in calls()
+
+
+class _Tensor(torch.Tensor):
+    pass
+
+
+class TestGenerate:
+    @pytest.fixture(autouse=True)
+    def steps_alone(self, monkeypatch):
+        """Prompts are not replayed."""
+        monkeypatch.setattr("hf_paged_flash.generation.decode_loop.length_of", lambda counts: None)
+
+    @pytest.fixture
+    def pair(self, load):
+        return load("llama")
+
+    @staticmethod
+    def forwards(count: int) -> dict[str, int]:
+        return {name: count * calls for name, calls in TINY["llama"].items()}
+
+    def test_every_forward(self, pair, recorders, elastic):
+        """The prefill, a step that warms up, one that is captured, and all replays."""
+        tokens = new_tokens(pair.paged, *ragged_batch(LENGTHS))
+        assert torch.equal(tokens, unpadded_runs(pair.eager))
+        assert calls() == self.forwards(3 + recorders.replayed)
+        assert not any("forward" in vars(module) for module in pair.paged.modules())
+
+    def test_without_graphs(self, pair, recorders):
+        tokens = new_tokens(pair.paged, *ragged_batch(LENGTHS), disable_compile=True)
+        assert torch.equal(tokens, unpadded_runs(pair.eager))
+        assert calls() == self.forwards(tokens.shape[1]) and not recorders.captured
+
+    def test_switching_captures_anew(self, pair, recorders, elastic):
+        new_tokens(pair.paged, *ragged_batch(LENGTHS))
+        captured = recorders.captured
+        configure(fused_layers=False)
+        reset_counters()
+        assert torch.equal(new_tokens(pair.paged, *ragged_batch(LENGTHS)), unpadded_runs(pair.eager))
+        assert recorders.captured > captured and calls() == {}
+
+    def test_compiled_steps_are_left_to_the_compiler(self, pair, recorders):
+        config = CompileConfig(backend="eager", mode=None)
+        tokens = new_tokens(pair.paged, *ragged_batch(LENGTHS), compile_config=config)
+        assert torch.equal(tokens, unpadded_runs(pair.eager))
+        assert recorders.replayed and calls() == self.forwards(1)
+
+    def test_where_nothing_is_captured(self, pair):
+        """On a CPU, where fewer operators bring nothing."""
+        new_tokens(pair.paged, *ragged_batch(LENGTHS))
+        assert calls() == {}
