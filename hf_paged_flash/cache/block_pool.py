@@ -79,12 +79,17 @@ class BlockPool:
             self._lay_out(elements)
             return freed
 
+    def spare_bytes(self, num_blocks: int) -> int:
+        """What `shrink(num_blocks)` would give back."""
+        memory = self.memory
+        return 0 if memory is None else memory.mapped - memory.after_shrink(num_blocks * self.block_bytes)
+
     def shrink(self, num_blocks: int) -> None:
         """Gives back the pages behind the first `num_blocks` blocks, which nothing may use. Waits for the device.
 
-        An ordinary tensor stays as it is.
+        All but the rest of a chunk that was mapped as one; an ordinary tensor stays as it is.
         """
-        if self.memory is not None and self.bytes_for(num_blocks) < self.bytes_reserved:
+        if self.spare_bytes(num_blocks):
             with torch.inference_mode(False):
                 self.memory.shrink(num_blocks * self.block_bytes)
                 self._lay_out_memory()

@@ -3,16 +3,21 @@
 CUDA's virtual memory API, through cuda-bindings, which torch's CUDA wheels bring. Growth copies nothing, pointers stay
 valid for captured graphs, and what is not mapped is left to others. These pages are not in torch's allocator: look at
 `torch.cuda.mem_get_info`.
+
+Pages come and go in chunks: what one costs to take, map and give back, some 70 us, does not depend on its size.
 """
 
 import os
 import weakref
 from functools import cache
+from itertools import accumulate
 
 import torch
 
 from ..errors import PagedFlashError
-from .kept_addresses import KeptAddresses, unmap
+from .kept_addresses import KeptAddresses, mapped_bytes, unmap
+
+CHUNK_PAGES = 4  # of a chunk that is not the first or a rest, at least; and an eighth of the memory there is then
 
 
 class CudaDriver:
@@ -61,23 +66,25 @@ class CudaDriver:
     def free(self, address: int, nbytes: int) -> None:
         self._call("cuMemAddressFree", address, nbytes)
 
-    def create(self):
-        """Takes a page from the device, not yet mapped anywhere; returns its handle."""
-        return self._call("cuMemCreate", self.granularity, self._properties, 0)
+    def create(self, nbytes: int):
+        """Takes whole pages from the device, not yet mapped anywhere; returns their handle."""
+        return self._call("cuMemCreate", nbytes, self._properties, 0)
 
     def retain(self, address: int):
-        """One more handle of the page that is mapped at `address`."""
+        """One more handle of the pages that are mapped at `address`."""
         return self._call("cuMemRetainAllocationHandle", address)
 
-    def release(self, page) -> None:
-        """Drops a handle; the page goes back to the device with its last handle and mapping."""
-        self._call("cuMemRelease", page)
+    def release(self, handle) -> None:
+        """Drops a handle; its pages go back to the device with the last one and their last mapping."""
+        self._call("cuMemRelease", handle)
 
-    def map(self, address: int, page) -> None:
-        self._call("cuMemMap", address, self.granularity, 0, page, 0)
+    def map(self, address: int, handle, nbytes: int) -> None:
+        """Maps the `nbytes` behind a handle, all of them."""
+        self._call("cuMemMap", address, nbytes, 0, handle, 0)
 
-    def unmap(self, address: int) -> None:
-        self._call("cuMemUnmap", address, self.granularity)
+    def unmap(self, address: int, nbytes: int) -> None:
+        """Undoes a `map`."""
+        self._call("cuMemUnmap", address, nbytes)
 
     def allow(self, address: int, nbytes: int) -> None:
         """Lets the device read and write freshly mapped pages."""
@@ -193,7 +200,7 @@ class ElasticMemory:
     @property
     def mapped(self) -> int:
         """Bytes taken from the device."""
-        return 0 if self._range is None else len(self._range.pages) * self._driver.granularity
+        return 0 if self._range is None else mapped_bytes(self._range.chunks)
 
     @property
     def is_capturing(self) -> bool:
@@ -203,6 +210,12 @@ class ElasticMemory:
     def rounded(self, nbytes: int) -> int:
         """`nbytes` in whole pages."""
         return -(-nbytes // self._driver.granularity) * self._driver.granularity
+
+    def after_shrink(self, nbytes: int) -> int:
+        """What `shrink(nbytes)` leaves: whole chunks."""
+        chunks = [] if self._range is None else self._range.chunks
+        ends = accumulate(size for _, size in chunks)
+        return next((end for end in ends if end >= nbytes), self.mapped)
 
     def tensor(self) -> torch.Tensor:
         """uint8 over the whole range; only its first `mapped` bytes may be touched."""
@@ -230,16 +243,15 @@ class ElasticMemory:
             target = _Range(self._driver, size, self._addresses)
             if self._range is not None:
                 target.share(self._range)
-        target.extend(nbytes // self._driver.granularity - len(target.pages))
+        target.extend(nbytes)
         self._range = target
 
     def shrink(self, nbytes: int) -> None:
-        """Unmaps all pages behind the first `nbytes`, at least one page stays. Waits for the device."""
-        pages = max(self.rounded(nbytes) // self._driver.granularity, 1)
-        if self._range is not None and pages < len(self._range.pages):
+        """Unmaps all chunks behind the first `nbytes`, at least one page stays. Waits for the device."""
+        if self.after_shrink(nbytes) < self.mapped:
             self._driver.wait()
             _free_abandoned(self._driver)
-            self._range.cut(pages)
+            self._range.cut(max(nbytes, 1))
 
     def release(self) -> None:
         """Gives everything back once no tensor is left."""
@@ -247,70 +259,68 @@ class ElasticMemory:
 
 
 class _Range:
-    """Reserved addresses, and the handles of the pages mapped to the first of them."""
+    """Reserved addresses, and the chunks of pages mapped to the first of them: handles, and bytes behind each."""
 
     def __init__(self, driver: CudaDriver, nbytes: int, addresses: KeptAddresses | None) -> None:
         self._driver = driver
-        self.address, self.nbytes, self.pages = (
+        self.address, self.nbytes, self.chunks = (
             (driver.reserve(nbytes), nbytes, []) if addresses is None else addresses.take(driver, nbytes)
         )
         # at exit the process takes all of it along, and the driver may be gone before us
-        weakref.finalize(self, _free, driver, self.address, self.nbytes, self.pages, addresses).atexit = False
+        weakref.finalize(self, _free, driver, self.address, self.nbytes, self.chunks, addresses).atexit = False
 
-    def extend(self, count: int) -> None:
-        """Maps `count` new pages behind the others, or none."""
-        driver, mapped = self._driver, len(self.pages)
+    def extend(self, nbytes: int) -> None:
+        """Maps new pages behind the others until there are `nbytes`, whole pages; the first is a chunk of its own."""
+        page, before = self._driver.granularity, mapped_bytes(self.chunks)
+        largest = max(CHUNK_PAGES, nbytes // page // 8) * page
+        mapped = before
         try:
-            for _ in range(count):
-                page = driver.create()
-                try:
-                    driver.map(self._page_address(len(self.pages)), page)
-                except BaseException:
-                    driver.release(page)
-                    raise
-                self.pages.append(page)
-            if count > 0:
-                driver.allow(self._page_address(mapped), count * driver.granularity)
+            while mapped < nbytes:
+                size = min(largest, nbytes - mapped) if mapped else page
+                self._map(mapped, self._driver.create(size), size)
+                mapped += size
+            if mapped > before:
+                self._driver.allow(self.address + before, mapped - before)
         except BaseException:
-            self.cut(mapped)  # nothing has touched them
+            self.cut(before)  # nothing has touched them
             raise
 
     def share(self, other: "_Range") -> None:
         """Maps the pages of `other` here as well, and no others."""
-        driver = self._driver
         self.cut(0)
-        for index in range(len(other.pages)):
-            page = driver.retain(other._page_address(index))
-            try:
-                driver.map(self._page_address(index), page)
-            except BaseException:
-                driver.release(page)
-                raise
-            self.pages.append(page)
-        driver.allow(self.address, len(self.pages) * driver.granularity)
+        mapped = 0
+        for _, size in other.chunks:
+            self._map(mapped, self._driver.retain(other.address + mapped), size)
+            mapped += size
+        self._driver.allow(self.address, mapped)
 
-    def cut(self, count: int) -> None:
-        """Unmaps all but the first `count` pages, which nothing may be using."""
-        unmap(self._driver, self.address, self.pages, count)
+    def _map(self, place: int, handle, size: int) -> None:
+        try:
+            self._driver.map(self.address + place, handle, size)
+        except BaseException:
+            self._driver.release(handle)
+            raise
+        self.chunks.append((handle, size))
 
-    def _page_address(self, index: int) -> int:
-        return self.address + index * self._driver.granularity
+    def cut(self, nbytes: int) -> None:
+        """Unmaps the chunks that begin behind the first `nbytes`, which nothing may be using."""
+        unmap(self._driver, self.address, self.chunks, nbytes)
 
 
-def _free(driver: CudaDriver, address: int, nbytes: int, pages: list, addresses: KeptAddresses | None) -> None:
+def _free(driver: CudaDriver, address: int, nbytes: int, chunks: list, addresses: KeptAddresses | None) -> None:
     """Gives a range back, or leaves it to the next memory that changes its size if the device can't be waited for."""
     if os.getpid() != driver.process:
         return
     if driver.is_capturing():
-        driver.abandoned.append((address, nbytes, pages, addresses))
+        driver.abandoned.append((address, nbytes, chunks, addresses))
         return
-    if pages:
+    if chunks:
         driver.wait()  # kernels may still read them
-    unmap(driver, address, pages, 0 if addresses is None else addresses.pages)
+    unmap(driver, address, chunks, 0 if addresses is None else driver.granularity)
     if addresses is None:
         driver.free(address, nbytes)
     else:
-        addresses.keep(driver, address, nbytes, pages)
+        addresses.keep(driver, address, nbytes, chunks)
 
 
 def _free_abandoned(driver: CudaDriver) -> None:

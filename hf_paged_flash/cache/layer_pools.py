@@ -160,7 +160,7 @@ class LayerPools:
         pools = self._elastic
         if any(pool.memory.is_capturing for pool in pools):
             return False  # a graph can neither move blocks for good nor wait for the device
-        spare = [pool.bytes_reserved - pool.bytes_for(num_blocks) for pool in pools]
+        spare = [pool.spare_bytes(num_blocks) for pool in pools]
         enough = MIN_PAGES * sum(pool.memory.page for pool in pools)
         return bool(pools) and sum(spare) >= max(enough, sum(pool.bytes_reserved for pool in pools) // 8)
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 
-class _Page:
+class _Chunk:
     def __init__(self, nbytes: int) -> None:
         self.data = np.full(nbytes, 0xFF, np.uint8)  # NaN in every floating dtype
         self.handles = 1
@@ -36,7 +36,7 @@ class FakeDriver:
         self.abandoned: list[tuple] = []
         self.process = os.getpid()
         self.ranges: dict[int, np.ndarray] = {}  # by address
-        self.mapped: dict[int, _Page] = {}  # by address
+        self.mapped: dict[int, _Chunk] = {}  # by address
         self.handles = 0
         self.kept_by_torch = 0  # bytes that `empty_cache` frees
         self.capturing = False
@@ -53,14 +53,15 @@ class FakeDriver:
     @property
     def pages(self) -> int:
         """Pages that are taken from the device."""
-        return len({id(page) for page in self.mapped.values()})
+        chunks = {id(chunk): chunk for chunk in self.mapped.values()}
+        return sum(len(chunk.data) for chunk in chunks.values()) // self.granularity
 
-    def _place(self, address: int) -> np.ndarray:
+    def _place(self, address: int, nbytes: int) -> np.ndarray:
         base = max(base for base in self.ranges if base <= address)
         offset = address - base
-        assert offset + self.granularity <= len(self.ranges[base]), "a page outside its range"
+        assert offset + nbytes <= len(self.ranges[base]), "pages outside their range"
         assert offset % self.granularity == 0
-        return self.ranges[base][offset : offset + self.granularity]
+        return self.ranges[base][offset : offset + nbytes]
 
     def use(self) -> None:
         """From now on kernels run that may read any of the mapped pages."""
@@ -79,42 +80,58 @@ class FakeDriver:
         assert not any(place in inside for place in self.mapped), "addresses freed under mapped pages"
         del self.ranges[address]
 
-    def create(self) -> _Page:
+    def create(self, nbytes: int) -> _Chunk:
         self._count("create")
-        if (self.pages + 1) * self.granularity + self.kept_by_torch > self.total_memory:
+        assert nbytes > 0 and nbytes % self.granularity == 0
+        if self.pages * self.granularity + nbytes + self.kept_by_torch > self.total_memory:
             raise torch.OutOfMemoryError("no page left")
         self.handles += 1
-        return _Page(self.granularity)
+        return _Chunk(nbytes)
 
-    def retain(self, address: int) -> _Page:
+    def retain(self, address: int) -> _Chunk:
         self._count("retain")
-        page = self.mapped[address]
-        page.handles += 1
+        chunk = self.mapped[address]
+        chunk.handles += 1
         self.handles += 1
-        return page
+        return chunk
 
-    def release(self, page: _Page) -> None:
-        assert page.handles > 0
-        page.handles -= 1
+    def release(self, chunk: _Chunk) -> None:
+        assert chunk.handles > 0
+        chunk.handles -= 1
         self.handles -= 1
 
-    def map(self, address: int, page: _Page) -> None:
+    def map(self, address: int, chunk: _Chunk, nbytes: int) -> None:
         self._count("map")
-        assert address not in self.mapped
-        self._place(address)[:] = self._place(page.addresses[-1]) if page.addresses else page.data
-        page.addresses.append(address)
-        self.mapped[address] = page
+        assert nbytes == len(chunk.data)
+        taken = [range(place, place + len(other.data)) for place, other in self.mapped.items()]
+        assert not any(address in other or other.start in range(address, address + nbytes) for other in taken)
+        place = self._place(address, nbytes)
+        place[:] = self._place(chunk.addresses[-1], nbytes) if chunk.addresses else chunk.data
+        chunk.addresses.append(address)
+        self.mapped[address] = chunk
 
-    def unmap(self, address: int) -> None:
+    def unmap(self, address: int, nbytes: int) -> None:
         assert address not in self.in_use, "unmapped under kernels that may read it"
-        page, place = self.mapped.pop(address), self._place(address)
-        page.data = place.copy()
-        page.addresses.remove(address)
+        chunk, place = self.mapped.pop(address), self._place(address, nbytes)
+        assert nbytes == len(chunk.data), "a mapping goes as it came"
+        chunk.data = place.copy()
+        chunk.addresses.remove(address)
         place[:] = 0xFF
+
+    def unmap_all(self) -> None:
+        """As if the process had ended."""
+        for address, chunk in list(self.mapped.items()):
+            self.unmap(address, len(chunk.data))
+        self.ranges.clear()
+        self.handles = 0
 
     def allow(self, address: int, nbytes: int) -> None:
         self._count("allow")
-        assert all(place in self.mapped for place in range(address, address + nbytes, self.granularity))
+        places = {page for place, chunk in self.mapped.items() for page in self._pages(place, len(chunk.data))}
+        assert places.issuperset(self._pages(address, nbytes))
+
+    def _pages(self, address: int, nbytes: int) -> range:
+        return range(address, address + nbytes, self.granularity)
 
     def tensor(self, owner: object, address: int, nbytes: int) -> torch.Tensor:
         assert address in self.mapped, "CUDA looks at the first page to learn where a pointer lies"

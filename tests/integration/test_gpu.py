@@ -106,7 +106,8 @@ def test_error_against_fp64_is_within_twice_eagers(model_type, dtype):
 def _assert_kernels_ran(model_type: str) -> None:
     ran = counters()
     dense = model_type in DENSE
-    assert set(ran.kernel) == {"flash_forward", "store_kv"} | (set() if dense else {"paged_decode"})
+    attended = set(ran.kernel) - {"rms_norm", "rotary"}
+    assert attended == {"flash_forward", "store_kv"} | (set() if dense else {"paged_decode"})
     assert ran.reference_total == 0
     assert (ran.dense_gather_total > 0) == dense
 
