@@ -98,6 +98,7 @@ def info() -> None:
     for package, version in versions().items():
         table.add_row(package, version or "not installed")
     table.add_row("backend", f"{backend.backend()} (HF_PAGED_FLASH_BACKEND or configure(backend=...))")
+    table.add_row("generate() on CUDA", f"{_switches()} (configure(graphs=..., fused_layers=..., compile=...))")
     devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
     for device in devices:
         table.add_row(_device_name(device), _what_runs(device))
@@ -108,6 +109,15 @@ def info() -> None:
     for patch in ALL_PATCHES:
         table.add_row(f"patch {patch.target}", f"{'applied' if patch.applied else 'not applied'}: {patch.reason}")
     console().print(table)
+
+
+def _switches() -> str:
+    """What `configure` has switched on for `generate()`."""
+    from hf_paged_flash import backend
+
+    is_on = {"graphs": backend.graphs(), "fused layers": backend.fuses_layers()}
+    told = [f"{name} {'on' if on else 'off'}" for name, on in is_on.items()]
+    return ", ".join([*told, f"compiled {backend.compile_mode() or 'no'}"])
 
 
 def _device_name(device) -> str:

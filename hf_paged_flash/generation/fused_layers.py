@@ -26,7 +26,7 @@ from .. import backend
 from ..ops import layers
 from .looking import look_at, runs_its_class, stand_in
 
-_ROTARY, _ROTATE_HALF = "apply_rotary_pos_emb", "rotate_half"
+_ROTARY = "apply_rotary_pos_emb"
 
 
 class _LlamaNorm:
@@ -55,6 +55,18 @@ class _GemmaNorm:
         output = self._norm(x.float())
         output = output * (1.0 + self.weight.float())
         return output.type_as(x)
+
+
+class _Gemma4Norm:
+    def _norm(self, hidden_states):
+        mean_squared = hidden_states.pow(2).mean(-1, keepdim=True) + self.eps
+        return hidden_states * torch.pow(mean_squared, -0.5)
+
+    def forward(self, hidden_states):
+        normed_output = self._norm(hidden_states.float())
+        if self.with_scale:
+            normed_output = normed_output * self.weight.float()
+        return normed_output.type_as(hidden_states)
 
 
 def _rotary(q, k, cos, sin, unsqueeze_dim=1):
@@ -89,10 +101,25 @@ def _phi_rotary(q, k, cos, sin, unsqueeze_dim=1):
     return q_embed, k_embed
 
 
+def _gpt_oss_rotary(q, k, cos, sin, unsqueeze_dim=1):
+    cos = cos.unsqueeze(unsqueeze_dim)
+    sin = sin.unsqueeze(unsqueeze_dim)
+    q_embed = _apply_rotary_emb(q, cos, sin)
+    k_embed = _apply_rotary_emb(k, cos, sin)
+    return q_embed, k_embed
+
+
 def _rotate_half(x):
     x1 = x[..., : x.shape[-1] // 2]
     x2 = x[..., x.shape[-1] // 2 :]
     return torch.cat((-x2, x1), dim=-1)
+
+
+def _apply_rotary_emb(x, cos, sin):
+    first_half, second_half = torch.chunk(x, 2, dim=-1)
+    first_ = first_half * cos - second_half * sin
+    second_ = second_half * cos + first_half * sin
+    return torch.cat((first_, second_), dim=-1)
 
 
 class _Norm(NamedTuple):
@@ -169,11 +196,13 @@ def _forward_of(module_class: type) -> Callable | None:
     if not isinstance(forward, FunctionType) or _ROTARY not in forward.__code__.co_names:
         return None
     original = forward.__globals__.get(_ROTARY)
-    rotate_half = getattr(original, "__globals__", {}).get(_ROTATE_HALF)
-    known = map(_code_of, (_rotary, _partial_rotary, _phi_rotary))
-    if _code_of(original) not in known or _code_of(rotate_half) != _code_of(_rotate_half):
+    known = _rotaries().get(_code_of(original))
+    if known is None:
         return None
-    return _with_rotary(forward, original)
+    helper, helpers_code, has_half_angles = known
+    if _code_of(original.__globals__.get(helper)) != helpers_code:
+        return None
+    return _with_rotary(forward, original, has_half_angles)
 
 
 @cache
@@ -182,14 +211,23 @@ def _norms() -> dict[tuple, _Norm]:
         _code_of_norm(_LlamaNorm): _Norm("variance_epsilon", "llama"),
         _code_of_norm(_OlmoNorm): _Norm("variance_epsilon", "gemma"),
         _code_of_norm(_GemmaNorm): _Norm("eps", "gemma", 1.0),
+        _code_of_norm(_Gemma4Norm): _Norm("eps", "gemma"),
     }
+
+
+@cache
+def _rotaries() -> dict[str | None, tuple[str, str | None, bool]]:
+    """By code: the function that it calls, that one's code, and whether angles are those of half a head."""
+    halves = ("rotate_half", _code_of(_rotate_half), False)
+    whole = dict.fromkeys(map(_code_of, (_rotary, _partial_rotary, _phi_rotary)), halves)
+    return whole | {_code_of(_gpt_oss_rotary): ("_apply_rotary_emb", _code_of(_apply_rotary_emb), True)}
 
 
 @cache
 def _norm_forward(original: Callable, norm: _Norm) -> Callable:
     @stand_in
     def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        weight = self.weight
+        weight = getattr(self, "weight", x)  # some Gemma 4 norms have none
         is_known = _are_known(x, weight) and weight.shape == x.shape[-1:] and len(weight) <= layers.WIDEST
         if not is_known or (norm.casting_mode == "llama" and weight.dtype != x.dtype):
             return original(self, x)
@@ -200,13 +238,14 @@ def _norm_forward(original: Callable, norm: _Norm) -> Callable:
 
 
 @cache
-def _with_rotary(forward: FunctionType, original: Callable) -> Callable:
+def _with_rotary(forward: FunctionType, original: Callable, has_half_angles: bool) -> Callable:
     """`forward`, which calls `original`, as it is but for that."""
 
     def fused(q, k, cos, sin, unsqueeze_dim=1):
-        shapes = q.dim() == k.dim() == 4 and cos.dim() == 3 and cos.shape == sin.shape
-        if not shapes or unsqueeze_dim != 1 or not _are_turned(q, k, cos, sin):
+        if unsqueeze_dim != 1 or not _are_turned(q, k, cos, sin, has_half_angles):
             return original(q, k, cos, sin, unsqueeze_dim)
+        if has_half_angles:
+            cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
         return layers.rotary(q, k, cos, sin)
 
     names = forward.__globals__ | {_ROTARY: fused}
@@ -215,13 +254,18 @@ def _with_rotary(forward: FunctionType, original: Callable) -> Callable:
     return stand_in(copy)
 
 
-def _are_turned(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
+def _are_turned(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, has_half_angles: bool
+) -> bool:
+    if not _are_known(q, k, cos, sin) or not q.dim() == k.dim() == cos.dim() + 1 == 4 or cos.shape != sin.shape:
+        return False
+    width, head_dim = cos.shape[-1] * (1 + has_half_angles), q.shape[-1]
     return (
-        _are_known(q, k, cos, sin)
-        and q.dtype == k.dtype == cos.dtype == sin.dtype
+        q.dtype == k.dtype == cos.dtype == sin.dtype
         and q.shape[::2] == k.shape[::2]
-        and q.shape[-1] == k.shape[-1] >= cos.shape[-1]
-        and cos.shape[-1] % 2 == 0
+        and k.shape[-1] == head_dim
+        and (width == head_dim if has_half_angles else width <= head_dim)
+        and width % 2 == 0
         and cos.shape[0] in (1, q.shape[0])
         and cos.shape[1] == q.shape[2]
     )
@@ -242,9 +286,11 @@ def _code_of_norm(module_class: type) -> tuple[str | None, ...]:
 
 @cache
 def _code_of(function: Any) -> str | None:
-    """What a function does, word for word; None for what is no function with code to be read."""
+    """What a function does, word for word; None for what is no function with code to be read, or wraps one."""
+    if not isinstance(function, FunctionType) or hasattr(function, "__wrapped__"):
+        return None
     try:
-        return _words_of(inspect.getsource(function)) if isinstance(function, FunctionType) else None
+        return _words_of(inspect.getsource(function))
     except (OSError, SyntaxError, TypeError):  # typed in at a prompt
         return None
 

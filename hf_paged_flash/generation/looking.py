@@ -45,8 +45,7 @@ class Look:
         self._looks = [_ModuleLook(module) for module in modules]
         self._forwards = {type(module): type(module).forward for module in modules}
         # what is compared by identity is all compared at once: a call for each of some 400 modules takes much longer
-        alike = [module for module in modules if MOVED not in vars(module)]
-        self._alike, self._identities = [weakref.ref(module) for module in alike], _identities(alike)
+        self._modules, self._identities = [weakref.ref(module) for module in modules], _identities(modules)
         self._others = [look for look in self._looks if look.has_more]
         tensors = [
             tensor
@@ -60,11 +59,11 @@ class Look:
 
     def holds(self) -> bool:
         """Whether nothing was replaced since, not even by its equal: then a new look has the same fingerprint."""
-        alike, tensors = ([reference() for reference in references] for references in (self._alike, self._tensors))
+        modules, tensors = ([reference() for reference in all_of] for all_of in (self._modules, self._tensors))
         return (
             self._settings == _settings()
-            and not any(map(is_, chain(alike, tensors), repeat(None)))
-            and _identities(alike) == self._identities
+            and not any(map(is_, chain(modules, tensors), repeat(None)))
+            and _identities(modules) == self._identities
             and places_of(tensors) == self._places
             and all([of.forward is forward for of, forward in self._forwards.items()])
             and all([look.holds() for look in self._others])
@@ -108,9 +107,9 @@ class _ModuleLook:
         return _names_of(module) == self._names and self._read(vars(module)) == self.state
 
     def _read(self, values: dict) -> tuple:
-        own = [values[name] for name in self._names]
+        module, own = self._module(), tuple([(name, _part(values[name])) for name in self._names])
         held = tuple(map(id, chain.from_iterable(map(dict.values, _HELD(values)))))
-        return id(self._module()), values["training"], held, tuple([_part(value) for value in own])
+        return id(module), type(module), type(module).forward, values["training"], held, own
 
 
 def _names_of(module: nn.Module) -> list[str]:
@@ -138,8 +137,10 @@ def _part(value):
 def _identities(modules: list[nn.Module]) -> tuple:
     """What modules are made of, by identity and by name. As long as a `_ModuleLook` keeps their plain values."""
     values = list(map(vars, modules))
-    dicts = chain(values, chain.from_iterable(map(_HELD, values)), chain.from_iterable(map(_HOOKS, values)))
-    return list(map(tuple, values)), list(map(id, chain.from_iterable(map(dict.values, dicts))))
+    own = [attributes for attributes in values if MOVED not in attributes]
+    dicts = chain(own, chain.from_iterable(map(_HELD, values)), chain.from_iterable(map(_HOOKS, values)))
+    ids = list(map(id, chain.from_iterable(map(dict.values, dicts))))
+    return list(map(type, modules)), list(map(tuple, values)), ids
 
 
 def places_of(tensors: list[torch.Tensor]) -> tuple:

@@ -78,6 +78,7 @@ def test_info_says_what_runs_and_why(backend, said):
     assert said in result.stdout
     for line in ("torch", "triton", "transformers", "paged_flash as attention: yes", "paged_flash as mask: yes"):
         assert line in result.stdout
+    assert "graphs on, fused layers on, compiled no" in " ".join(result.stdout.split())
 
 
 def test_subcommands_are_imported_when_called(tmp_path):

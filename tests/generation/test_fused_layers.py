@@ -1,5 +1,6 @@
 """Norms and rotary embeddings as one operator each, while generate() runs, where the code is the one known."""
 
+import functools
 from collections import Counter
 from types import MethodType
 
@@ -24,7 +25,7 @@ TINY = {
     "gemma2": {"rms_norm": 13, "rotary": 3},
     "gemma3_text": {"rms_norm": 19, "rotary": 3},
     "phi3": {"rms_norm": 7, "rotary": 3},
-    "gpt_oss": {"rms_norm": 7},
+    "gpt_oss": {"rms_norm": 7, "rotary": 3},
     "gpt2": {},
 }
 # code of their own in one of both, part of a head turned, angles in fp32, layers that share their keys
@@ -146,6 +147,20 @@ class TestWhatIsNotKnown:
         own, fused = both(llama)
         assert torch.equal(own, fused) and calls()["rms_norm"] == 6
         assert "forward" in vars(norm)
+
+    def test_a_norm_that_is_wrapped(self, llama, monkeypatch):
+        """Its source is that of what it wraps."""
+        original = modeling_llama.LlamaRMSNorm.forward
+
+        @functools.wraps(original)
+        def doubled(self, hidden_states):
+            return 2 * original(self, hidden_states)
+
+        both(llama)
+        reset_counters()
+        monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", doubled)
+        own, fused = both(llama)
+        assert torch.equal(own, fused) and "rms_norm" not in calls()
 
     def test_another_rotary_embedding(self, llama, monkeypatch):
         """As libraries with kernels of their own put into transformers."""

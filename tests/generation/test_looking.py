@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hf_paged_flash import configure
 from hf_paged_flash.generation.looking import look_at, looking_once
@@ -18,6 +19,7 @@ from tests.tiny_models import tiny_config
 def model():
     model = LlamaForCausalLM(tiny_config("llama")).eval()
     model.model.layers[0].scales = {"adapter": 1.0}
+    model.model.layers[0].mlp.__class__ = _Mlp
     return model
 
 
@@ -33,8 +35,26 @@ def _move_weight(model):
     model.lm_head.weight.data = model.lm_head.weight.data.clone()
 
 
+def _rename(model):
+    layer = model.model.layers[0]
+    layer.sizes = vars(layer).pop("scales")
+
+
+def _wrap_forward(model):
+    """Of a class of this model's alone."""
+    forward = _Mlp.forward
+    _Mlp.forward = lambda self, x: forward(self, x)
+
+
+class _Mlp(LlamaMLP):
+    pass
+
+
 CHANGES = {
     "a layer": _replace_layer,
+    "a class": lambda model: setattr(model.model.norm, "__class__", type("Norm", (type(model.model.norm),), {})),
+    "an attribute's name": _rename,
+    "a class' forward": _wrap_forward,
     "a weight": _replace_weight,
     "a weight's memory": _move_weight,
     "a dtype": lambda model: model.half(),
@@ -74,8 +94,14 @@ def test_values_of_weights_do_not_count(model):
     assert look_at(model) is look
 
 
-def test_hooks_are_noticed_and_no_graph_depends_on_them(model):
+@pytest.mark.parametrize("changes_in_forwards", [False, True])
+def test_hooks_are_noticed_and_no_graph_depends_on_them(model, changes_in_forwards):
+    if changes_in_forwards:
+        model.lm_head.rope_deltas = None
     look = look_at(model)
+    if changes_in_forwards:
+        model.lm_head.rope_deltas = torch.zeros(1)
+        assert look_at(model) is look
     hook = model.lm_head.register_forward_hook(lambda *args: None)
     hooked = look_at(model)
     assert hooked is not look and hooked.fingerprint == look.fingerprint
