@@ -29,7 +29,8 @@ from ..cache.prepared_forward import PackedTokens, static_forward
 from ..cache.step_buffers import StepBuffers
 from .capturable import NotCapturable, NoWaiting
 from .compiled_forward import CompiledForward, CompileSettings
-from .fused_layers import fused_layers, own_layers
+from .fused_layers import fused_layers
+from .known_layers import own_layers
 from .looking import Look, look_at
 from .media import MOVED, of_tokens
 

@@ -2,145 +2,52 @@
 
 A model writes them out operator by operator, some 25 a layer. In a decode step each takes longer to start than to run,
 in all a fifth of the time of an 8B model; of a long prompt each moves the hidden states through memory once more.
-Where a class' code is, word for word, one that is known, its modules run the operator that stands for it. It rounds
-every product as they do; only the order in which a norm sums differs.
 """
 
-import ast
-import inspect
-import textwrap
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
-from types import FunctionType, MethodType
-from typing import Any, NamedTuple
+from types import MethodType
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from .. import backend
-from ..ops import layers
-from .looking import look_at, runs_its_class, stand_in
-
-_ROTARY = "apply_rotary_pos_emb"
-
-
-class _LlamaNorm:
-    def forward(self, hidden_states):
-        input_dtype = hidden_states.dtype
-        hidden_states = hidden_states.to(torch.float32)
-        variance = hidden_states.pow(2).mean(-1, keepdim=True)
-        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
-        return self.weight * hidden_states.to(input_dtype)
-
-
-class _OlmoNorm:
-    def forward(self, hidden_states):
-        input_dtype = hidden_states.dtype
-        hidden_states = hidden_states.to(torch.float32)
-        variance = hidden_states.pow(2).mean(-1, keepdim=True)
-        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
-        return (self.weight * hidden_states).to(input_dtype)
-
-
-class _GemmaNorm:
-    def _norm(self, x):
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
-
-    def forward(self, x):
-        output = self._norm(x.float())
-        output = output * (1.0 + self.weight.float())
-        return output.type_as(x)
-
-
-class _Gemma4Norm:
-    def _norm(self, hidden_states):
-        mean_squared = hidden_states.pow(2).mean(-1, keepdim=True) + self.eps
-        return hidden_states * torch.pow(mean_squared, -0.5)
-
-    def forward(self, hidden_states):
-        normed_output = self._norm(hidden_states.float())
-        if self.with_scale:
-            normed_output = normed_output * self.weight.float()
-        return normed_output.type_as(hidden_states)
-
-
-def _rotary(q, k, cos, sin, unsqueeze_dim=1):
-    cos = cos.unsqueeze(unsqueeze_dim)
-    sin = sin.unsqueeze(unsqueeze_dim)
-    q_embed = (q * cos) + (rotate_half(q) * sin)  # noqa: F821
-    k_embed = (k * cos) + (rotate_half(k) * sin)  # noqa: F821
-    return q_embed, k_embed
-
-
-def _partial_rotary(q, k, cos, sin, unsqueeze_dim=1):
-    cos = cos.unsqueeze(unsqueeze_dim)
-    sin = sin.unsqueeze(unsqueeze_dim)
-    rotary_dim = cos.shape[-1]
-    q_rot, q_pass = q[..., :rotary_dim], q[..., rotary_dim:]
-    k_rot, k_pass = k[..., :rotary_dim], k[..., rotary_dim:]
-    q_embed = (q_rot * cos) + (rotate_half(q_rot) * sin)  # noqa: F821
-    k_embed = (k_rot * cos) + (rotate_half(k_rot) * sin)  # noqa: F821
-    q_embed = torch.cat([q_embed, q_pass], dim=-1)
-    k_embed = torch.cat([k_embed, k_pass], dim=-1)
-    return q_embed, k_embed
-
-
-def _phi_rotary(q, k, cos, sin, unsqueeze_dim=1):
-    cos = cos.unsqueeze(unsqueeze_dim)
-    sin = sin.unsqueeze(unsqueeze_dim)
-    rotary_dim = cos.shape[-1]
-    q_rot, q_pass = q[..., :rotary_dim], q[..., rotary_dim:]
-    k_rot, k_pass = k[..., :rotary_dim], k[..., rotary_dim:]
-    q_embed = torch.cat([(q_rot * cos) + (rotate_half(q_rot) * sin), q_pass], dim=-1)  # noqa: F821
-    k_embed = torch.cat([(k_rot * cos) + (rotate_half(k_rot) * sin), k_pass], dim=-1)  # noqa: F821
-    return q_embed, k_embed
-
-
-def _gpt_oss_rotary(q, k, cos, sin, unsqueeze_dim=1):
-    cos = cos.unsqueeze(unsqueeze_dim)
-    sin = sin.unsqueeze(unsqueeze_dim)
-    q_embed = _apply_rotary_emb(q, cos, sin)
-    k_embed = _apply_rotary_emb(k, cos, sin)
-    return q_embed, k_embed
-
-
-def _rotate_half(x):
-    x1 = x[..., : x.shape[-1] // 2]
-    x2 = x[..., x.shape[-1] // 2 :]
-    return torch.cat((-x2, x1), dim=-1)
-
-
-def _apply_rotary_emb(x, cos, sin):
-    first_half, second_half = torch.chunk(x, 2, dim=-1)
-    first_ = first_half * cos - second_half * sin
-    second_ = second_half * cos + first_half * sin
-    return torch.cat((first_, second_), dim=-1)
-
-
-class _Norm(NamedTuple):
-    """What `rms_norm` gets for a class of modules."""
-
-    epsilon: str  # the attribute
-    casting_mode: str
-    offset: float = 0.0
+from .known_layers import forward_of
+from .looking import look_at, runs_its_class
 
 
 @dataclass
 class _Fused:
-    """A model's modules that run something else for now, and how many `fused_layers` there are of it."""
+    """What a model's modules run for now, and how many `fused_layers` there are of it."""
 
     count: int = 0
-    modules: list[weakref.ref] = field(default_factory=list)
+    forwards: list[MethodType] = field(default_factory=list)
+
+    def put_in(self, modules: list[weakref.ref]) -> None:
+        by_class: dict[type, Callable | None] = {}  # known anew each time: somebody may have replaced their code
+        for module in [reference() for reference in modules]:
+            if module is None or "forward" in vars(module):
+                continue
+            if type(module) not in by_class:
+                by_class[type(module)] = forward_of(type(module))
+            forward = by_class[type(module)]
+            if forward is not None:
+                self.forwards.append(MethodType(forward, module))
+                vars(module)["forward"] = self.forwards[-1]
+
+    def take_out(self) -> None:
+        while self.forwards:
+            method = self.forwards.pop()
+            attributes = vars(method.__self__)
+            if attributes.get("forward") is method:  # nobody has put in another
+                del attributes["forward"]
 
 
 _lock = threading.Lock()
 _models: "weakref.WeakKeyDictionary[PreTrainedModel, _Fused]" = weakref.WeakKeyDictionary()
-_here = threading.local()  # `own`: within `own_layers`
 
 
 @contextmanager
@@ -149,158 +56,29 @@ def fused_layers(model: PreTrainedModel) -> Iterator[None]:
 
     In all threads, but where gradients are asked for, which these operators do not have.
     """
-    forwards = look_at(model).of(_forwards) if backend.fuses_layers() else []
+    modules = look_at(model).of(_known_modules) if backend.fuses_layers() else []
     with _lock:
         fused = _models.setdefault(model, _Fused())
         fused.count += 1
-        if fused.count == 1:
-            fused.modules = [module for module, _ in forwards]
-            for module, forward in forwards:
-                vars(module())["forward"] = MethodType(forward, module())
     try:
+        with _lock:
+            if not fused.forwards:
+                fused.put_in(modules)
         yield
     finally:
         with _lock:
             fused.count -= 1
             if fused.count == 0:
-                for module in [reference() for reference in fused.modules]:
-                    if module is not None:
-                        vars(module).pop("forward", None)
+                fused.take_out()
 
 
-@contextmanager
-def own_layers() -> Iterator[None]:
-    """Within it all modules run their own code in this thread, whatever `fused_layers` there are around it."""
-    before = getattr(_here, "own", False)
-    _here.own = True
-    try:
-        yield
-    finally:
-        _here.own = before
-
-
-def _forwards(model: PreTrainedModel) -> list[tuple[weakref.ref, Callable]]:
-    """The modules that are known, and what they run; none of a model that is compiled, and would be anew."""
+def _known_modules(model: PreTrainedModel) -> list[weakref.ref]:
+    """Those with something to run instead; none of a model that is compiled, as it would be anew."""
     modules = list(model.modules())
-    if any(module._compiled_call_impl is not None for module in modules):
+    if any(map(_is_compiled, modules)):
         return []
-    found = ((module, _forward_of(type(module))) for module in modules if runs_its_class(module))
-    return [(weakref.ref(module), forward) for module, forward in found if forward is not None]
+    return [weakref.ref(module) for module in modules if runs_its_class(module) and forward_of(type(module))]
 
 
-def _forward_of(module_class: type) -> Callable | None:
-    forward = module_class.forward
-    norm = _norms().get(_code_of_norm(module_class))
-    if norm is not None:
-        return _norm_forward(forward, norm)
-    if not isinstance(forward, FunctionType) or _ROTARY not in forward.__code__.co_names:
-        return None
-    original = forward.__globals__.get(_ROTARY)
-    known = _rotaries().get(_code_of(original))
-    if known is None:
-        return None
-    helper, helpers_code, has_half_angles = known
-    if _code_of(original.__globals__.get(helper)) != helpers_code:
-        return None
-    return _with_rotary(forward, original, has_half_angles)
-
-
-@cache
-def _norms() -> dict[tuple, _Norm]:
-    return {
-        _code_of_norm(_LlamaNorm): _Norm("variance_epsilon", "llama"),
-        _code_of_norm(_OlmoNorm): _Norm("variance_epsilon", "gemma"),
-        _code_of_norm(_GemmaNorm): _Norm("eps", "gemma", 1.0),
-        _code_of_norm(_Gemma4Norm): _Norm("eps", "gemma"),
-    }
-
-
-@cache
-def _rotaries() -> dict[str | None, tuple[str, str | None, bool]]:
-    """By code: the function that it calls, that one's code, and whether angles are those of half a head."""
-    halves = ("rotate_half", _code_of(_rotate_half), False)
-    whole = dict.fromkeys(map(_code_of, (_rotary, _partial_rotary, _phi_rotary)), halves)
-    return whole | {_code_of(_gpt_oss_rotary): ("_apply_rotary_emb", _code_of(_apply_rotary_emb), True)}
-
-
-@cache
-def _norm_forward(original: Callable, norm: _Norm) -> Callable:
-    @stand_in
-    def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        weight = getattr(self, "weight", x)  # some Gemma 4 norms have none
-        is_known = _are_known(x, weight) and weight.shape == x.shape[-1:] and len(weight) <= layers.WIDEST
-        if not is_known or (norm.casting_mode == "llama" and weight.dtype != x.dtype):
-            return original(self, x)
-        epsilon = getattr(self, norm.epsilon)
-        return layers.rms_norm(x, weight, epsilon, offset=norm.offset, casting_mode=norm.casting_mode)
-
-    return forward
-
-
-@cache
-def _with_rotary(forward: FunctionType, original: Callable, has_half_angles: bool) -> Callable:
-    """`forward`, which calls `original`, as it is but for that."""
-
-    def fused(q, k, cos, sin, unsqueeze_dim=1):
-        if unsqueeze_dim != 1 or not _are_turned(q, k, cos, sin, has_half_angles):
-            return original(q, k, cos, sin, unsqueeze_dim)
-        if has_half_angles:
-            cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
-        return layers.rotary(q, k, cos, sin)
-
-    names = forward.__globals__ | {_ROTARY: fused}
-    copy = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
-    copy.__kwdefaults__ = forward.__kwdefaults__
-    return stand_in(copy)
-
-
-def _are_turned(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, has_half_angles: bool
-) -> bool:
-    if not _are_known(q, k, cos, sin) or not q.dim() == k.dim() == cos.dim() + 1 == 4 or cos.shape != sin.shape:
-        return False
-    width, head_dim = cos.shape[-1] * (1 + has_half_angles), q.shape[-1]
-    return (
-        q.dtype == k.dtype == cos.dtype == sin.dtype
-        and q.shape[::2] == k.shape[::2]
-        and k.shape[-1] == head_dim
-        and (width == head_dim if has_half_angles else width <= head_dim)
-        and width % 2 == 0
-        and cos.shape[0] in (1, q.shape[0])
-        and cos.shape[1] == q.shape[2]
-    )
-
-
-def _are_known(*tensors: torch.Tensor) -> bool:
-    if torch.is_grad_enabled() or getattr(_here, "own", False):
-        return False
-    return all(
-        type(x) in (torch.Tensor, nn.Parameter) and x.dtype in layers.DTYPES and x.device == tensors[0].device
-        for x in tensors
-    )
-
-
-def _code_of_norm(module_class: type) -> tuple[str | None, ...]:
-    return tuple(_code_of(getattr(module_class, name, None)) for name in ("_norm", "forward"))
-
-
-@cache
-def _code_of(function: Any) -> str | None:
-    """What a function does, word for word; None for what is no function with code to be read, or wraps one."""
-    if not isinstance(function, FunctionType) or hasattr(function, "__wrapped__"):
-        return None
-    try:
-        return _words_of(inspect.getsource(function))
-    except (OSError, SyntaxError, TypeError):  # typed in at a prompt
-        return None
-
-
-def _words_of(source: str) -> str:
-    """A function without its name, and what says nothing of what it does: annotations, decorators and docstring."""
-    function = ast.parse(textwrap.dedent(source)).body[0]
-    function.name, function.returns, function.decorator_list = "_", None, []
-    for argument in function.args.args:
-        argument.annotation = None
-    if ast.get_docstring(function) is not None:
-        del function.body[0]
-    return ast.unparse(function)
+def _is_compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable")

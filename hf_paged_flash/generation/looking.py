@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from itertools import chain, repeat
+from itertools import chain, islice, repeat
 from operator import attrgetter, is_, itemgetter
 from typing import Any, TypeVar
 
@@ -23,9 +23,11 @@ from .media import MOVED
 Told = TypeVar("Told")
 
 # a forward that collects hidden states leaves hooks, which no graph runs, and a mark that they are there
-_NOT_LOOKED_AT = {*vars(nn.Module()), MOVED, "_output_capturing_hooks_installed"}
+_OF_MODULES = tuple(vars(nn.Module()))
+_NOT_LOOKED_AT = {*_OF_MODULES, MOVED, "_output_capturing_hooks_installed"}
 _HELD = itemgetter("_modules", "_parameters", "_buffers")
 _HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks")
+_TRAINING = itemgetter("training")
 _MOST_ITEMS = 64
 _PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
 
@@ -45,7 +47,8 @@ class Look:
         self._looks = [_ModuleLook(module) for module in modules]
         self._forwards = {type(module): type(module).forward for module in modules}
         # what is compared by identity is all compared at once: a call for each of some 400 modules takes much longer
-        self._modules, self._identities = [weakref.ref(module) for module in modules], _identities(modules)
+        self._modules, self._skipped = [weakref.ref(module) for module in modules], list(map(_not_own, modules))
+        self._identities = _identities(modules, self._skipped)
         self._others = [look for look in self._looks if look.has_more]
         tensors = [
             tensor
@@ -63,7 +66,7 @@ class Look:
         return (
             self._settings == _settings()
             and not any(map(is_, chain(modules, tensors), repeat(None)))
-            and _identities(modules) == self._identities
+            and _identities(modules, self._skipped) == self._identities
             and places_of(tensors) == self._places
             and all([of.forward is forward for of, forward in self._forwards.items()])
             and all([look.holds() for look in self._others])
@@ -134,13 +137,20 @@ def _part(value):
     return id(value) if isinstance(value, PreTrainedConfig) or callable(value) else _plain(value)
 
 
-def _identities(modules: list[nn.Module]) -> tuple:
+def _not_own(module: nn.Module) -> int:
+    """How many attributes of `module` come before its own; all of them where these change in forwards."""
+    if MOVED in vars(module):
+        return len(vars(module))
+    return len(_OF_MODULES) if tuple(vars(module))[: len(_OF_MODULES)] == _OF_MODULES else 0
+
+
+def _identities(modules: list[nn.Module], skipped: list[int]) -> tuple:
     """What modules are made of, by identity and by name. As long as a `_ModuleLook` keeps their plain values."""
     values = list(map(vars, modules))
-    own = [attributes for attributes in values if MOVED not in attributes]
-    dicts = chain(own, chain.from_iterable(map(_HELD, values)), chain.from_iterable(map(_HOOKS, values)))
-    ids = list(map(id, chain.from_iterable(map(dict.values, dicts))))
-    return list(map(type, modules)), list(map(tuple, values)), ids
+    own = map(islice, map(dict.values, values), skipped, repeat(None))
+    dicts = chain(chain.from_iterable(map(_HELD, values)), chain.from_iterable(map(_HOOKS, values)))
+    ids = list(map(id, chain(chain.from_iterable(own), chain.from_iterable(map(dict.values, dicts)))))
+    return list(map(type, modules)), list(map(tuple, values)), list(map(_TRAINING, values)), ids
 
 
 def places_of(tensors: list[torch.Tensor]) -> tuple:

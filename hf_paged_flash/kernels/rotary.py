@@ -53,12 +53,12 @@ def _rotary_kernel(
     block = tl.program_id(1)
     q_blocks: tl.constexpr = (Q_HEADS + BLOCK_H - 1) // BLOCK_H
     if block < q_blocks:
-        heads = block * BLOCK_H + tl.arange(0, BLOCK_H)
+        heads = (block * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)
         x = Q + batch * stride_q_b + position * stride_q_s + heads[:, None] * stride_q_h
         out = QOut + batch * stride_qo_b + position * stride_qo_s + heads[:, None] * stride_qo_h
         _rotate(x, cos, sin, out, heads < Q_HEADS, HEAD_DIM, ROTARY_DIM, BLOCK_D, BLOCK_REST)
     else:
-        heads = (block - q_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
+        heads = ((block - q_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)
         x = K + batch * stride_k_b + position * stride_k_s + heads[:, None] * stride_k_h
         out = KOut + batch * stride_ko_b + position * stride_ko_s + heads[:, None] * stride_ko_h
         _rotate(x, cos, sin, out, heads < K_HEADS, HEAD_DIM, ROTARY_DIM, BLOCK_D, BLOCK_REST)

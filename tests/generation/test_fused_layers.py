@@ -11,8 +11,9 @@ from transformers.models.llama import modeling_llama
 
 from hf_paged_flash import configure, counters, reset_counters
 from hf_paged_flash.eval.finding import build
-from hf_paged_flash.generation.fused_layers import fused_layers, own_layers
-from hf_paged_flash.generation.looking import Look
+from hf_paged_flash.generation.fused_layers import fused_layers
+from hf_paged_flash.generation.known_layers import own_layers
+from hf_paged_flash.generation.looking import Look, looking_once
 from hf_paged_flash.ops import layers
 from tests.integration.models import LENGTHS, new_tokens, unpadded_runs
 from tests.tiny_models import ragged_batch, tiny_config, tiny_model
@@ -113,10 +114,34 @@ def test_a_look_does_not_see_them(llama):
     assert look.holds()
 
 
-def test_layers_that_are_compiled_are_left_alone(llama):
-    llama.model.layers[1].compile(backend="eager")
+@pytest.mark.parametrize("how", ["module.compile()", "a forward"])
+def test_models_that_are_compiled_are_left_alone(llama, how):
+    """Code that was compiled would be compiled anew."""
+    if how == "a forward":
+        llama.forward = torch.compile(llama.forward, backend="eager")
+    else:
+        llama.model.layers[1].compile(backend="eager")
     with fused_layers(llama):
         assert "forward" not in vars(llama.model.norm)
+
+
+def test_what_somebody_puts_in_meanwhile_stays(llama):
+    norm = llama.model.norm
+    with fused_layers(llama):
+        norm.forward = own = MethodType(lambda self, x: x, norm)
+    assert norm.forward is own
+    assert [module for module in llama.modules() if "forward" in vars(module)] == [norm]
+
+
+def test_modules_that_are_gone(llama):
+    with looking_once():
+        with fused_layers(llama):
+            pass
+        llama.model.norm = torch.nn.Identity()
+        with fused_layers(llama), torch.no_grad():
+            llama(input_ids=INPUT_IDS)
+    assert calls() == {"rms_norm": 6, "rotary": 3}
+    assert not any("forward" in vars(module) for module in llama.modules())
 
 
 def test_switched_off(llama):
@@ -169,11 +194,11 @@ class TestWhatIsNotKnown:
         def turned_back(q, k, cos, sin, unsqueeze_dim=1):
             return original(q, k, cos, -sin, unsqueeze_dim)
 
-        both(llama)
+        before, _ = both(llama)
         reset_counters()
         monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", turned_back)
-        own, fused = both(tiny_model(tiny_config("llama"), "paged_flash").eval())
-        assert torch.equal(own, fused) and "rotary" not in calls()
+        own, fused = both(llama)
+        assert torch.equal(own, fused) and "rotary" not in calls() and not torch.equal(own, before)
 
     def test_weights_of_another_dtype(self, llama):
         norm, x = llama.model.norm, torch.randn(2, 64, dtype=torch.float16)

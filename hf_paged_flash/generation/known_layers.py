@@ -1,0 +1,257 @@
+"""Layers whose code is, word for word, one that is known, and what runs in its place: one operator for all of it.
+
+It rounds every product as their own code does; only the order in which a norm sums differs.
+"""
+
+import ast
+import inspect
+import textwrap
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..ops import layers
+from .looking import stand_in
+
+_ROTARY = "apply_rotary_pos_emb"
+_here = threading.local()  # `own`: within `own_layers`
+
+
+class _LlamaNorm:
+    def forward(self, hidden_states):
+        input_dtype = hidden_states.dtype
+        hidden_states = hidden_states.to(torch.float32)
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+        return self.weight * hidden_states.to(input_dtype)
+
+
+class _OlmoNorm:
+    def forward(self, hidden_states):
+        input_dtype = hidden_states.dtype
+        hidden_states = hidden_states.to(torch.float32)
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+        return (self.weight * hidden_states).to(input_dtype)
+
+
+class _GemmaNorm:
+    def _norm(self, x):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+    def forward(self, x):
+        output = self._norm(x.float())
+        output = output * (1.0 + self.weight.float())
+        return output.type_as(x)
+
+
+class _Gemma4Norm:
+    def _norm(self, hidden_states):
+        mean_squared = hidden_states.pow(2).mean(-1, keepdim=True) + self.eps
+        return hidden_states * torch.pow(mean_squared, -0.5)
+
+    def forward(self, hidden_states):
+        normed_output = self._norm(hidden_states.float())
+        if self.with_scale:
+            normed_output = normed_output * self.weight.float()
+        return normed_output.type_as(hidden_states)
+
+
+def _rotary(q, k, cos, sin, unsqueeze_dim=1):
+    cos = cos.unsqueeze(unsqueeze_dim)
+    sin = sin.unsqueeze(unsqueeze_dim)
+    q_embed = (q * cos) + (rotate_half(q) * sin)  # noqa: F821
+    k_embed = (k * cos) + (rotate_half(k) * sin)  # noqa: F821
+    return q_embed, k_embed
+
+
+def _partial_rotary(q, k, cos, sin, unsqueeze_dim=1):
+    cos = cos.unsqueeze(unsqueeze_dim)
+    sin = sin.unsqueeze(unsqueeze_dim)
+    rotary_dim = cos.shape[-1]
+    q_rot, q_pass = q[..., :rotary_dim], q[..., rotary_dim:]
+    k_rot, k_pass = k[..., :rotary_dim], k[..., rotary_dim:]
+    q_embed = (q_rot * cos) + (rotate_half(q_rot) * sin)  # noqa: F821
+    k_embed = (k_rot * cos) + (rotate_half(k_rot) * sin)  # noqa: F821
+    q_embed = torch.cat([q_embed, q_pass], dim=-1)
+    k_embed = torch.cat([k_embed, k_pass], dim=-1)
+    return q_embed, k_embed
+
+
+def _phi_rotary(q, k, cos, sin, unsqueeze_dim=1):
+    cos = cos.unsqueeze(unsqueeze_dim)
+    sin = sin.unsqueeze(unsqueeze_dim)
+    rotary_dim = cos.shape[-1]
+    q_rot, q_pass = q[..., :rotary_dim], q[..., rotary_dim:]
+    k_rot, k_pass = k[..., :rotary_dim], k[..., rotary_dim:]
+    q_embed = torch.cat([(q_rot * cos) + (rotate_half(q_rot) * sin), q_pass], dim=-1)  # noqa: F821
+    k_embed = torch.cat([(k_rot * cos) + (rotate_half(k_rot) * sin), k_pass], dim=-1)  # noqa: F821
+    return q_embed, k_embed
+
+
+def _gpt_oss_rotary(q, k, cos, sin, unsqueeze_dim=1):
+    cos = cos.unsqueeze(unsqueeze_dim)
+    sin = sin.unsqueeze(unsqueeze_dim)
+    q_embed = _apply_rotary_emb(q, cos, sin)
+    k_embed = _apply_rotary_emb(k, cos, sin)
+    return q_embed, k_embed
+
+
+def _rotate_half(x):
+    x1 = x[..., : x.shape[-1] // 2]
+    x2 = x[..., x.shape[-1] // 2 :]
+    return torch.cat((-x2, x1), dim=-1)
+
+
+def _apply_rotary_emb(x, cos, sin):
+    first_half, second_half = torch.chunk(x, 2, dim=-1)
+    first_ = first_half * cos - second_half * sin
+    second_ = second_half * cos + first_half * sin
+    return torch.cat((first_, second_), dim=-1)
+
+
+class _Norm(NamedTuple):
+    """What `rms_norm` gets for a class of modules."""
+
+    epsilon: str  # the attribute
+    casting_mode: str
+    offset: float = 0.0
+
+
+@contextmanager
+def own_layers() -> Iterator[None]:
+    """Within it all modules run their own code in this thread, whatever `fused_layers` there are around it."""
+    before = getattr(_here, "own", False)
+    _here.own = True
+    try:
+        yield
+    finally:
+        _here.own = before
+
+
+def forward_of(module_class: type) -> Callable | None:
+    """What modules of a class run in the place of its forward as it is now; None where that is not known.
+
+    Where gradients are asked for, which operators do not have, and for tensors that they do not take, that is their
+    own code.
+    """
+    forward = module_class.forward
+    norm = _norms().get(_code_of_norm(module_class))
+    if norm is not None:
+        return _norm_forward(forward, norm)
+    if not isinstance(forward, FunctionType) or _ROTARY not in forward.__code__.co_names:
+        return None
+    original = forward.__globals__.get(_ROTARY)
+    known = _rotaries().get(_code_of(original))
+    if known is None:
+        return None
+    helper, helpers_code, has_half_angles = known
+    if _code_of(original.__globals__.get(helper)) != helpers_code:
+        return None
+    return _with_rotary(forward, original, has_half_angles)
+
+
+@cache
+def _norms() -> dict[tuple, _Norm]:
+    return {
+        _code_of_norm(_LlamaNorm): _Norm("variance_epsilon", "llama"),
+        _code_of_norm(_OlmoNorm): _Norm("variance_epsilon", "gemma"),
+        _code_of_norm(_GemmaNorm): _Norm("eps", "gemma", 1.0),
+        _code_of_norm(_Gemma4Norm): _Norm("eps", "gemma"),
+    }
+
+
+@cache
+def _rotaries() -> dict[str | None, tuple[str, str | None, bool]]:
+    """By code: the function that it calls, that one's code, and whether angles are those of half a head."""
+    halves = ("rotate_half", _code_of(_rotate_half), False)
+    whole = dict.fromkeys(map(_code_of, (_rotary, _partial_rotary, _phi_rotary)), halves)
+    return whole | {_code_of(_gpt_oss_rotary): ("_apply_rotary_emb", _code_of(_apply_rotary_emb), True)}
+
+
+@cache
+def _norm_forward(original: Callable, norm: _Norm) -> Callable:
+    @stand_in
+    def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        weight = getattr(self, "weight", x)  # some Gemma 4 norms have none
+        is_known = _are_known(x, weight) and weight.shape == x.shape[-1:] and weight.is_contiguous()
+        if not is_known or len(weight) > layers.WIDEST or (norm.casting_mode == "llama" and weight.dtype != x.dtype):
+            return original(self, x)
+        epsilon = getattr(self, norm.epsilon)
+        return layers.rms_norm(x, weight, epsilon, offset=norm.offset, casting_mode=norm.casting_mode)
+
+    return forward
+
+
+def _with_rotary(forward: FunctionType, original: Callable, has_half_angles: bool) -> Callable:
+    """`forward`, which calls `original`, as it is but for that."""
+
+    def fused(q, k, cos, sin, unsqueeze_dim=1):
+        if unsqueeze_dim != 1 or not _are_turned(q, k, cos, sin, has_half_angles):
+            return original(q, k, cos, sin, unsqueeze_dim)
+        if has_half_angles:
+            cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
+        return layers.rotary(q, k, cos, sin)
+
+    names = forward.__globals__ | {_ROTARY: fused}
+    copy = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    copy.__kwdefaults__ = forward.__kwdefaults__
+    return stand_in(copy)
+
+
+def _are_turned(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, has_half_angles: bool
+) -> bool:
+    if not _are_known(q, k, cos, sin) or not q.dim() == k.dim() == cos.dim() + 1 == 4 or cos.shape != sin.shape:
+        return False
+    width, head_dim = cos.shape[-1] * (1 + has_half_angles), q.shape[-1]
+    return (
+        q.dtype == k.dtype == cos.dtype == sin.dtype
+        and q.shape[::2] == k.shape[::2]
+        and k.shape[-1] == head_dim
+        and (width == head_dim if has_half_angles else width <= head_dim)
+        and width % 2 == 0
+        and cos.shape[0] in (1, q.shape[0])
+        and cos.shape[1] == q.shape[2]
+    )
+
+
+def _are_known(*tensors: torch.Tensor) -> bool:
+    if torch.is_grad_enabled() or getattr(_here, "own", False):
+        return False
+    return all(
+        type(x) in (torch.Tensor, nn.Parameter) and x.dtype in layers.DTYPES and x.device == tensors[0].device
+        for x in tensors
+    )
+
+
+def _code_of_norm(module_class: type) -> tuple[str | None, ...]:
+    return tuple(_code_of(getattr(module_class, name, None)) for name in ("_norm", "forward"))
+
+
+@cache
+def _code_of(function: Any) -> str | None:
+    """What a function does, word for word; None for what is no function with code to be read, or wraps one."""
+    if not isinstance(function, FunctionType) or hasattr(function, "__wrapped__"):
+        return None
+    try:
+        return _words_of(inspect.getsource(function))
+    except (OSError, SyntaxError, TypeError):  # typed in at a prompt
+        return None
+
+
+def _words_of(source: str) -> str:
+    """A function without its name, and what says nothing of what it does: annotations, decorators and docstring."""
+    function = ast.parse(textwrap.dedent(source)).body[0]
+    function.name, function.returns, function.decorator_list = "_", None, []
+    for argument in function.args.args:
+        argument.annotation = None
+    if ast.get_docstring(function) is not None:
+        del function.body[0]
+    return ast.unparse(function)
