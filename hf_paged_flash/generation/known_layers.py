@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from types import FunctionType
+from types import CellType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -145,16 +145,18 @@ def forward_of(module_class: type) -> Callable | None:
     norm = _norms().get(_code_of_norm(module_class))
     if norm is not None:
         return _norm_forward(forward, norm)
-    if not isinstance(forward, FunctionType) or _ROTARY not in forward.__code__.co_names:
+    innermost = inspect.unwrap(forward)  # transformers' decorators rename arguments
+    if not isinstance(innermost, FunctionType) or _ROTARY not in innermost.__code__.co_names:
         return None
-    original = forward.__globals__.get(_ROTARY)
+    original = innermost.__globals__.get(_ROTARY)
     known = _rotaries().get(_code_of(original))
     if known is None:
         return None
     helper, helpers_code, has_half_angles = known
     if _code_of(original.__globals__.get(helper)) != helpers_code:
         return None
-    return _with_rotary(forward, original, has_half_angles)
+    forward = _with_globals(forward, {_ROTARY: _rotary_of(original, has_half_angles)})
+    return None if forward is None else stand_in(forward)
 
 
 @cache
@@ -189,9 +191,7 @@ def _norm_forward(original: Callable, norm: _Norm) -> Callable:
     return forward
 
 
-def _with_rotary(forward: FunctionType, original: Callable, has_half_angles: bool) -> Callable:
-    """`forward`, which calls `original`, as it is but for that."""
-
+def _rotary_of(original: Callable, has_half_angles: bool) -> Callable:
     def fused(q, k, cos, sin, unsqueeze_dim=1):
         if unsqueeze_dim != 1 or not _are_turned(q, k, cos, sin, has_half_angles):
             return original(q, k, cos, sin, unsqueeze_dim)
@@ -199,10 +199,34 @@ def _with_rotary(forward: FunctionType, original: Callable, has_half_angles: boo
             cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
         return layers.rotary(q, k, cos, sin)
 
-    names = forward.__globals__ | {_ROTARY: fused}
-    copy = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
-    copy.__kwdefaults__ = forward.__kwdefaults__
-    return stand_in(copy)
+    return fused
+
+
+def _with_globals(function: Callable, names: dict[str, Any]) -> FunctionType | None:
+    """A copy of `function`, or of the one that it wraps, that finds `names` among its globals.
+
+    None where a wrapper does not hold what it wraps in its closure.
+    """
+    if not isinstance(function, FunctionType):
+        return None
+    globals_, closure, wrapped = function.__globals__ | names, function.__closure__, vars(function).get("__wrapped__")
+    if wrapped is not None:
+        held = [cell for cell in closure or () if _contents(cell) is wrapped]
+        inner = _with_globals(wrapped, names)
+        if len(held) != 1 or inner is None:
+            return None
+        globals_ = function.__globals__
+        closure = tuple(CellType(inner) if cell is held[0] else cell for cell in closure)
+    copy = FunctionType(function.__code__, globals_, function.__name__, function.__defaults__, closure)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def _contents(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # it is empty
+        return None
 
 
 def _are_turned(

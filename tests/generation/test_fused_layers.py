@@ -187,6 +187,23 @@ class TestWhatIsNotKnown:
         own, fused = both(llama)
         assert torch.equal(own, fused) and "rms_norm" not in calls()
 
+    @pytest.mark.parametrize("holds", [True, False])
+    def test_an_attention_that_is_wrapped(self, llama, monkeypatch, holds):
+        """As by transformers itself, from 5.24 on: the wrapper stays around it."""
+        original, wrapped = modeling_llama.LlamaAttention.forward, []
+
+        @functools.wraps(original)
+        def counted(self, *args, **kwargs):
+            wrapped.append(self)
+            return (original if holds else counted.__wrapped__)(self, *args, **kwargs)
+
+        if not holds:
+            original = None
+        monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", counted)
+        own, fused = both(llama)
+        assert torch.equal(own, fused) and calls() == {"rms_norm": 7} | ({"rotary": 3} if holds else {})
+        assert wrapped == [layer.self_attn for layer in llama.model.layers] * 2
+
     def test_another_rotary_embedding(self, llama, monkeypatch):
         """As libraries with kernels of their own put into transformers."""
         original = modeling_llama.apply_rotary_pos_emb
