@@ -266,8 +266,15 @@ class _Range:
         self.address, self.nbytes, self.chunks = (
             (driver.reserve(nbytes), nbytes, []) if addresses is None else addresses.take(driver, nbytes)
         )
+        self._end(addresses)
+
+    def _end(self, addresses: KeptAddresses | None) -> None:
+        """What becomes of it, once nobody uses it."""
+        self._finalizer = weakref.finalize(
+            self, _free, self._driver, self.address, self.nbytes, self.chunks, addresses
+        )
         # at exit the process takes all of it along, and the driver may be gone before us
-        weakref.finalize(self, _free, driver, self.address, self.nbytes, self.chunks, addresses).atexit = False
+        self._finalizer.atexit = False
 
     def extend(self, nbytes: int) -> None:
         """Maps new pages behind the others until there are `nbytes`, whole pages; the first is a chunk of its own."""
@@ -286,7 +293,9 @@ class _Range:
             raise
 
     def share(self, other: "_Range") -> None:
-        """Maps the pages of `other` here as well, and no others."""
+        """Maps the pages of `other` here as well, and no others; `other` keeps none for whoever comes after it."""
+        other._finalizer.detach()
+        other._end(None)
         self.cut(0)
         mapped = 0
         for _, size in other.chunks:

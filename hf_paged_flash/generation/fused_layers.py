@@ -29,7 +29,7 @@ class _Fused:
     def put_in(self, modules: list[weakref.ref]) -> None:
         by_class: dict[type, Callable | None] = {}  # known anew each time: somebody may have replaced their code
         for module in [reference() for reference in modules]:
-            if module is None or "forward" in vars(module):
+            if module is None or not runs_its_class(module):
                 continue
             if type(module) not in by_class:
                 by_class[type(module)] = forward_of(type(module))

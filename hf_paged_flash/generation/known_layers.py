@@ -155,8 +155,8 @@ def forward_of(module_class: type) -> Callable | None:
     helper, helpers_code, has_half_angles = known
     if _code_of(original.__globals__.get(helper)) != helpers_code:
         return None
-    forward = _with_globals(forward, {_ROTARY: _rotary_of(original, has_half_angles)})
-    return None if forward is None else stand_in(forward)
+    copy = _with_globals(forward, {_ROTARY: _rotary_of(original, has_half_angles)})
+    return None if copy is None else _attention_forward(forward).over(copy)
 
 
 @cache
@@ -181,6 +181,8 @@ def _rotaries() -> dict[str | None, tuple[str, str | None, bool]]:
 def _norm_forward(original: Callable, norm: _Norm) -> Callable:
     @stand_in
     def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return original(self, x)
         weight = getattr(self, "weight", x)  # some Gemma 4 norms have none
         is_known = _are_known(x, weight) and weight.shape == x.shape[-1:] and weight.is_contiguous()
         if not is_known or len(weight) > layers.WIDEST or (norm.casting_mode == "llama" and weight.dtype != x.dtype):
@@ -189,6 +191,29 @@ def _norm_forward(original: Callable, norm: _Norm) -> Callable:
         return layers.rms_norm(x, weight, epsilon, offset=norm.offset, casting_mode=norm.casting_mode)
 
     return forward
+
+
+class _AttentionForward:
+    """The stand-in for an attention's forward `own`, always the same function; code that is compiled calls `own`."""
+
+    def __init__(self, own: Callable) -> None:
+        self._copy = own
+
+        @stand_in
+        def forward(module: nn.Module, *args, **kwargs):
+            if torch.compiler.is_compiling():
+                return own(module, *args, **kwargs)
+            return self._copy(module, *args, **kwargs)
+
+        self._forward = forward
+
+    def over(self, copy: Callable) -> Callable:
+        """The stand-in, which runs `copy` from now on."""
+        self._copy = copy
+        return self._forward
+
+
+_attention_forward = cache(_AttentionForward)
 
 
 def _rotary_of(original: Callable, has_half_angles: bool) -> Callable:
@@ -266,13 +291,15 @@ def _code_of(function: Any) -> str | None:
         return None
     try:
         return _words_of(inspect.getsource(function))
-    except (OSError, SyntaxError, TypeError):  # typed in at a prompt
+    except (OSError, SyntaxError, TypeError):  # typed in at a prompt, or of a file that has changed
         return None
 
 
-def _words_of(source: str) -> str:
+def _words_of(source: str) -> str | None:
     """A function without its name, and what says nothing of what it does: annotations, decorators and docstring."""
-    function = ast.parse(textwrap.dedent(source)).body[0]
+    function = next(iter(ast.parse(textwrap.dedent(source)).body), None)
+    if not isinstance(function, ast.FunctionDef):  # a lambda's source is all of its statement
+        return None
     function.name, function.returns, function.decorator_list = "_", None, []
     for argument in function.args.args:
         argument.annotation = None

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain, islice, repeat
-from operator import attrgetter, is_, itemgetter
+from operator import attrgetter, is_, itemgetter, methodcaller
 from typing import Any, TypeVar
 
 import torch
@@ -25,10 +25,10 @@ Told = TypeVar("Told")
 # a forward that collects hidden states leaves hooks, which no graph runs, and a mark that they are there
 _OF_MODULES = tuple(vars(nn.Module()))
 _NOT_LOOKED_AT = {*_OF_MODULES, MOVED, "_output_capturing_hooks_installed"}
-_HELD = itemgetter("_modules", "_parameters", "_buffers")
-_HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks")
-_TRAINING = itemgetter("training")
-_MOST_ITEMS = 64
+_DICTS = ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
+_HELD, _HOOKS = itemgetter(*_DICTS[:3]), itemgetter(*_DICTS[3:])
+_TRAINING = methodcaller("get", "training")
+_MOST_ITEMS = 256  # layers have fewer, labels have more
 _PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
 
 
@@ -41,7 +41,7 @@ class Look:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        modules = list(model.modules())
+        modules = [module for module in model.modules() if _is_read(module)]
         self._model, self.model_id = weakref.ref(model), id(model)
         self._settings = _settings()
         self._looks = [_ModuleLook(module) for module in modules]
@@ -50,27 +50,25 @@ class Look:
         self._modules, self._skipped = [weakref.ref(module) for module in modules], list(map(_not_own, modules))
         self._identities = _identities(modules, self._skipped)
         self._others = [look for look in self._looks if look.has_more]
-        tensors = [
-            tensor
-            for module in modules
-            for tensor in chain(module._parameters.values(), module._buffers.values())
-            if tensor is not None
-        ]
-        self._tensors, self._places = [weakref.ref(tensor) for tensor in tensors], places_of(tensors)
-        self._configs = [(config, _plain(vars(config))) for config in _configs(modules)]
+        tensors = [*model.parameters(), *model.buffers()]
+        self._tensors, self._places = list(map(weakref.ref, tensors)), places_of(tensors)
+        self._parts = list({id(part): part for look in self._looks for part in look.parts}.values())
+        self._configs = [(config, _attributes(config)) for config in _configs(modules)]
         self._told: dict[Callable, Any] = {}
 
     def holds(self) -> bool:
         """Whether nothing was replaced since, not even by its equal: then a new look has the same fingerprint."""
-        modules, tensors = ([reference() for reference in all_of] for all_of in (self._modules, self._tensors))
+        referred = self._modules, self._tensors, self._parts
+        modules, tensors, parts = ([reference() for reference in references] for references in referred)
         return (
             self._settings == _settings()
-            and not any(map(is_, chain(modules, tensors), repeat(None)))
+            # otherwise another may lie where one lay
+            and not any(map(is_, chain(modules, tensors, parts), repeat(None)))
             and _identities(modules, self._skipped) == self._identities
             and places_of(tensors) == self._places
             and all([of.forward is forward for of, forward in self._forwards.items()])
             and all([look.holds() for look in self._others])
-            and all([_plain(vars(config)) == told for config, told in self._configs])
+            and all([_attributes(config) == told for config, told in self._configs])
         )
 
     def of(self, tell: Callable[[PreTrainedModel], Told]) -> Told:
@@ -91,6 +89,7 @@ class _ModuleLook:
 
     Attributes:
         state: all of it.
+        parts: what else it refers to by identity: functions, mostly.
         has_more: whether there is more than `_identities` sees.
     """
 
@@ -98,6 +97,7 @@ class _ModuleLook:
         self._module = weakref.ref(module)
         self._names = _names_of(module)
         self.state = self._read(vars(module))
+        self.parts = [part for _, part in self.state[-1] if isinstance(part, weakref.ref)]
         plain_or_part = (*_PLAIN, PreTrainedConfig)
         self.has_more = MOVED in vars(module) or not all(
             isinstance(vars(module)[name], plain_or_part) or callable(vars(module)[name]) for name in self._names
@@ -111,8 +111,8 @@ class _ModuleLook:
 
     def _read(self, values: dict) -> tuple:
         module, own = self._module(), tuple([(name, _part(values[name])) for name in self._names])
-        held = tuple(map(id, chain.from_iterable(map(dict.values, _HELD(values)))))
-        return id(module), type(module), type(module).forward, values["training"], held, own
+        held = tuple([(name, id(value)) for items in _HELD(values) for name, value in items.items()])
+        return id(module), type(module), type(module).forward, values.get("training"), held, own
 
 
 def _names_of(module: nn.Module) -> list[str]:
@@ -129,12 +129,33 @@ def stand_in(forward: Callable) -> Callable:
 def runs_its_class(module: nn.Module) -> bool:
     """Whether `module` runs its class' forward, or what stands in for it."""
     forward = vars(module).get("forward")
-    return forward is None or getattr(forward, "stands_in", None) is True
+    if forward is None or getattr(forward, "stands_in", None) is True:
+        return True
+    return getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module
+
+
+def _is_read(module: nn.Module) -> bool:
+    """Whether it is made of what modules are made of; those of torch.jit are not."""
+    values = vars(module)
+    return all([isinstance(values.get(name), dict) for name in _DICTS])
+
+
+def _attributes(config: PreTrainedConfig) -> tuple:
+    return tuple([(name, _plain(value)) for name, value in vars(config).items()])
 
 
 def _part(value):
-    # functions that somebody may replace, and configurations, which a Look keeps, by identity
-    return id(value) if isinstance(value, PreTrainedConfig) or callable(value) else _plain(value)
+    if isinstance(value, PreTrainedConfig):
+        return id(value)  # a Look keeps them
+    return _reference(value) if callable(value) else _plain(value)
+
+
+def _reference(value):
+    """What is equal for the same `value` alone, and does not keep it."""
+    try:
+        return weakref.ref(value)
+    except TypeError:
+        return value
 
 
 def _not_own(module: nn.Module) -> int:
@@ -148,9 +169,10 @@ def _identities(modules: list[nn.Module], skipped: list[int]) -> tuple:
     """What modules are made of, by identity and by name. As long as a `_ModuleLook` keeps their plain values."""
     values = list(map(vars, modules))
     own = map(islice, map(dict.values, values), skipped, repeat(None))
-    dicts = chain(chain.from_iterable(map(_HELD, values)), chain.from_iterable(map(_HOOKS, values)))
+    held = list(chain.from_iterable(map(_HELD, values)))
+    dicts = chain(held, chain.from_iterable(map(_HOOKS, values)))
     ids = list(map(id, chain(chain.from_iterable(own), chain.from_iterable(map(dict.values, dicts)))))
-    return list(map(type, modules)), list(map(tuple, values)), list(map(_TRAINING, values)), ids
+    return list(map(type, modules)), list(map(tuple, chain(values, held))), list(map(_TRAINING, values)), ids
 
 
 def places_of(tensors: list[torch.Tensor]) -> tuple:
@@ -226,7 +248,7 @@ def _plain(value):
     if isinstance(value, (set, frozenset)):
         return tuple(sorted(map(str, value)))
     if callable(value):
-        return id(value)  # a forward that somebody has replaced
+        return _reference(value)  # a forward that somebody has replaced
     return None
 
 

@@ -204,15 +204,25 @@ class TestKeptAddresses:
 
     def test_beyond_the_reserved_addresses(self, driver):
         kept = KeptAddresses()
-        for ranges in (2, 1):  # the second memory need not move
+        for _ in range(2):  # the second memory need not move
             memory = ElasticMemory(driver, 2 * PAGE, kept)
             memory.grow(2 * PAGE)
             memory.tensor()[: 2 * PAGE] = 7
             memory.grow(5 * PAGE)
             assert bool((memory.tensor()[: 2 * PAGE] == 7).all())
-            assert (driver.pages, len(driver.ranges)) == (5, ranges)
+            assert (driver.pages, len(driver.ranges)) == (5, 1)
             del memory
             assert (driver.pages, len(driver.ranges)) == (1, 1)
+
+    def test_pages_that_moved_are_not_kept(self, driver):
+        """Or two caches would write to them."""
+        kept = KeptAddresses()
+        first, second = (ElasticMemory(driver, 2 * PAGE, kept) for _ in range(2))
+        first.grow(2 * PAGE)
+        first.grow(5 * PAGE)
+        second.grow(PAGE)
+        chunks = [handle for memory in (first, second) for handle, _ in memory._range.chunks]
+        assert len(set(map(id, chunks))) == len(chunks) and driver.pages == 6
 
     def test_pages_move_where_one_is_kept(self, driver):
         kept = KeptAddresses()

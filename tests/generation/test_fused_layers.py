@@ -1,6 +1,8 @@
 """Norms and rotary embeddings as one operator each, while generate() runs, where the code is the one known."""
 
+import copy
 import functools
+import io
 from collections import Counter
 from types import MethodType
 
@@ -133,6 +135,46 @@ def test_what_somebody_puts_in_meanwhile_stays(llama):
     assert [module for module in llama.modules() if "forward" in vars(module)] == [norm]
 
 
+@pytest.mark.parametrize("how", ["deepcopy", "save"])
+def test_copies_made_meanwhile(llama, how):
+    """They are models like any other."""
+    with fused_layers(llama):
+        if how == "deepcopy":
+            other = copy.deepcopy(llama)
+        else:
+            file = io.BytesIO()
+            torch.save(llama, file)
+            file.seek(0)
+            other = torch.load(file, weights_only=False)
+    assert not any("forward" in vars(module) for module in llama.modules())
+    own, fused = both(llama)
+    reset_counters()
+    with torch.no_grad(), fused_layers(other):
+        assert torch.equal(other(input_ids=INPUT_IDS).logits, fused)
+    assert calls() == TINY["llama"]
+
+
+@torch.no_grad()
+def test_code_that_others_have_compiled(llama):
+    """Runs what it was compiled from, and is not compiled anew in each call."""
+    attention, compiled = llama.model.layers[1].self_attn, []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    inputs = torch.randn(1, 3, 64), llama.model.rotary_emb(torch.randn(1, 3, 64), torch.arange(3)[None])
+    run = torch.compile(lambda x, angles: llama.model.norm(x) + attention.q_proj(x), backend=backend)
+    whole = torch.compile(lambda x, angles: attention(x, angles, None)[0], backend=backend)
+    llama.set_attn_implementation("eager")
+    for call in (run, whole):
+        expected = call(*inputs)
+        for _ in range(3):
+            with fused_layers(llama):
+                assert torch.equal(call(*inputs), expected)
+    assert calls() == {} and len(compiled) <= 4
+
+
 def test_modules_that_are_gone(llama):
     with looking_once():
         with fused_layers(llama):
@@ -172,6 +214,14 @@ class TestWhatIsNotKnown:
         own, fused = both(llama)
         assert torch.equal(own, fused) and calls()["rms_norm"] == 6
         assert "forward" in vars(norm)
+
+    def test_lambdas(self, llama, monkeypatch):
+        """The source of one is all of its statement."""
+        original = modeling_llama.LlamaRMSNorm.forward
+        monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", lambda self, x: 2 * original(self, x))
+        monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, *angles: (q, k))
+        own, fused = both(llama)
+        assert torch.equal(own, fused) and calls() == {}
 
     def test_a_norm_that_is_wrapped(self, llama, monkeypatch):
         """Its source is that of what it wraps."""

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from functools import partial
 from types import MethodType
 
 import pytest
@@ -20,6 +21,9 @@ def model():
     model = LlamaForCausalLM(tiny_config("llama")).eval()
     model.model.layers[0].scales = {"adapter": 1.0}
     model.model.layers[0].mlp.__class__ = _Mlp
+    model.model.layers[0].act = partial(print, 0)
+    for number in range(80):  # as some configurations have
+        setattr(model.config, f"number_{number}", number)
     return model
 
 
@@ -46,8 +50,26 @@ def _wrap_forward(model):
     _Mlp.forward = lambda self, x: forward(self, x)
 
 
+def _replace_twice(model):
+    model.model.layers[0].act = partial(print, 1)
+    model.model.layers[0].act = partial(print, 2)
+
+
+def _swap_names(model):
+    parts = model.model.layers[1].mlp._modules
+    for name, part in {"up_proj": parts["gate_proj"], "gate_proj": parts["up_proj"]}.items():
+        parts[name] = part
+    names = list(parts)
+    values = [parts.pop(name) for name in names]
+    parts.update(zip(reversed(names), values, strict=True))
+
+
 class _Mlp(LlamaMLP):
     pass
+
+
+def _scripted(module):
+    return torch.jit.script(nn.Linear(4, 4))
 
 
 CHANGES = {
@@ -67,6 +89,9 @@ CHANGES = {
     "a forward": lambda model: setattr(
         model.lm_head, "forward", MethodType(lambda self, x: nn.Linear.forward(self, x), model.lm_head)
     ),
+    "a function at another's address": _replace_twice,
+    "names of parts": _swap_names,
+    "within a large configuration": lambda model: setattr(model.config, "rms_norm_eps", 0.5),
     "the configuration": lambda model: setattr(model.config, "_attn_implementation", "eager"),
     "the matmul precision": lambda model: torch.set_float32_matmul_precision("high"),
     "the backend": lambda model: configure(backend="reference"),
@@ -85,6 +110,15 @@ def test_changes_are_noticed(model, change):
     finally:
         torch.set_float32_matmul_precision(precision)
         configure(backend="auto")
+
+
+@pytest.mark.parametrize("wrap", [lambda x: torch.compile(x, backend="eager"), _scripted])
+def test_modules_of_other_kinds(model, wrap):
+    model.model.layers[1].mlp = wrap(model.model.layers[1].mlp)
+    look = look_at(model)
+    assert look_at(model) is look
+    model.lm_head.train()
+    assert look_at(model) is not look
 
 
 def test_values_of_weights_do_not_count(model):
