@@ -4,7 +4,7 @@ CUDA's virtual memory API, through cuda-bindings, which torch's CUDA wheels brin
 valid for captured graphs, and what is not mapped is left to others. These pages are not in torch's allocator: look at
 `torch.cuda.mem_get_info`.
 
-Pages come and go in chunks: what one costs to take, map and give back, some 70 us, does not depend on its size.
+Pages come and go in chunks: what one costs to take, map and give back does not depend on its size.
 """
 
 import os

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.library import Library, register_fake
+from torch.library import Library
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -210,7 +210,6 @@ for _name, _implementation, _fake in (
     ("step_store", _step_store, lambda k, v, call: k.new_empty(0)),
     ("step_decode", _step_decode, _step_decode_fake),
 ):
-    _fragment.impl(_name, _implementation, "CompositeExplicitAutograd")
-    register_fake(f"hf_paged_flash::{_name}", _fake, lib=_fragment)
+    library.register(_fragment, _name, _implementation, _fake)
 step_store = torch.ops.hf_paged_flash.step_store.default
 step_decode = torch.ops.hf_paged_flash.step_decode.default

@@ -1,7 +1,7 @@
 """Norms and rotary embeddings as one kernel each, while `generate()` runs.
 
 A model writes them out operator by operator, some 25 a layer. In a decode step each takes longer to start than to run,
-in all a fifth of the time of an 8B model; of a long prompt each moves the hidden states through memory once more.
+of a long prompt each moves the hidden states through memory once more.
 """
 
 import threading
@@ -26,16 +26,12 @@ class _Fused:
     count: int = 0
     forwards: list[MethodType] = field(default_factory=list)
 
-    def put_in(self, modules: list[weakref.ref]) -> None:
-        by_class: dict[type, Callable | None] = {}  # known anew each time: somebody may have replaced their code
-        for module in [reference() for reference in modules]:
-            if module is None or not runs_its_class(module):
-                continue
-            if type(module) not in by_class:
-                by_class[type(module)] = forward_of(type(module))
-            forward = by_class[type(module)]
-            if forward is not None:
-                self.forwards.append(MethodType(forward, module))
+    def put_in(self, references: list[weakref.ref]) -> None:
+        modules = [module for reference in references if (module := reference()) is not None]
+        forwards = _forwards_of(modules)  # anew each time: somebody may have replaced the code of a class
+        for module in filter(runs_its_class, modules):
+            if type(module) in forwards:
+                self.forwards.append(MethodType(forwards[type(module)], module))
                 vars(module)["forward"] = self.forwards[-1]
 
     def take_out(self) -> None:
@@ -77,7 +73,14 @@ def _known_modules(model: PreTrainedModel) -> list[weakref.ref]:
     modules = list(model.modules())
     if any(map(_is_compiled, modules)):
         return []
-    return [weakref.ref(module) for module in modules if runs_its_class(module) and forward_of(type(module))]
+    known = _forwards_of(modules)
+    return [weakref.ref(module) for module in modules if type(module) in known]
+
+
+def _forwards_of(modules: list[nn.Module]) -> dict[type, Callable]:
+    """By class of `modules`, what runs instead, of those that are known."""
+    forwards = {module_class: forward_of(module_class) for module_class in set(map(type, modules))}
+    return {module_class: forward for module_class, forward in forwards.items() if forward is not None}
 
 
 def _is_compiled(module: nn.Module) -> bool:

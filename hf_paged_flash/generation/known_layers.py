@@ -1,6 +1,6 @@
 """Layers whose code is, word for word, one that is known, and what runs in its place: one operator for all of it.
 
-It rounds every product as their own code does; only the order in which a norm sums differs.
+It rounds every product as their own code does; a norm's sum and its root may differ in their last bits.
 """
 
 import ast

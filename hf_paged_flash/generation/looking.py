@@ -38,6 +38,10 @@ class Look:
     Weights that change in place are none of it, a graph reads them anew. Adapters, their scales and whether they are
     merged or switched off are plain values, and so is the configuration, with the implementations it names. A look
     keeps neither the model nor a weight of it alive.
+
+    Attributes:
+        tensors: weights and buffers.
+        places: theirs, see `places_of`.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -51,21 +55,21 @@ class Look:
         self._identities = _identities(modules, self._skipped)
         self._others = [look for look in self._looks if look.has_more]
         tensors = [*model.parameters(), *model.buffers()]
-        self._tensors, self._places = list(map(weakref.ref, tensors)), places_of(tensors)
+        self.tensors, self.places = list(map(weakref.ref, tensors)), places_of(tensors)
         self._parts = list({id(part): part for look in self._looks for part in look.parts}.values())
         self._configs = [(config, _attributes(config)) for config in _configs(modules)]
         self._told: dict[Callable, Any] = {}
 
     def holds(self) -> bool:
         """Whether nothing was replaced since, not even by its equal: then a new look has the same fingerprint."""
-        referred = self._modules, self._tensors, self._parts
+        referred = self._modules, self.tensors, self._parts
         modules, tensors, parts = ([reference() for reference in references] for references in referred)
         return (
             self._settings == _settings()
             # otherwise another may lie where one lay
             and not any(map(is_, chain(modules, tensors, parts), repeat(None)))
             and _identities(modules, self._skipped) == self._identities
-            and places_of(tensors) == self._places
+            and places_of(tensors) == self.places
             and all([of.forward is forward for of, forward in self._forwards.items()])
             and all([look.holds() for look in self._others])
             and all([_attributes(config) == told for config, told in self._configs])
@@ -81,7 +85,7 @@ class Look:
     def fingerprint(self) -> tuple:
         """Equal for looks at the same modules in the same state, whatever hooks there are: graphs run none."""
         modules = tuple(look.state for look in self._looks)
-        return self._settings, modules, self._places, tuple(told for _, told in self._configs)
+        return self._settings, modules, self.places, tuple(told for _, told in self._configs)
 
 
 class _ModuleLook:

@@ -7,7 +7,7 @@ from then on their full blocks are known. At the end of a call so are those of w
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from operator import attrgetter, is_
+from operator import attrgetter
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput, logging
 from ..cache import PagedCache
 from ..cache.prompt_row import Media, PromptRow
 from ..errors import ArgumentError
-from .looking import Look, look_at, looking_once, places_of
+from .looking import Look, look_at, looking_once
 from .media import PLACES, has_contents, media_of, without_media
 from .packable import NotPacked, of_rows, why_not_these, why_padded
 from .packed_rows import packed_draft
@@ -98,8 +98,8 @@ def seen_for(cache: object) -> tuple[Look, ...]:
 
 def _begin_rows(cache: PagedCache, model: PreTrainedModel, are_same: bool) -> None:
     if not are_same:  # another model's, or they were changed: their keys are others
-        weights = look_at(model).of(_weights)
-        cache.prefixes.weights = weights, _state_of([weight() for weight in weights])
+        look = look_at(model)
+        cache.prefixes.weights = look.tensors, _state_of(look)
         cache.reset()
     elif cache.columns:
         cache.release(np.arange(cache.batch_size))
@@ -110,23 +110,21 @@ def _begin_rows(cache: PagedCache, model: PreTrainedModel, are_same: bool) -> No
 
 def _are_weights_of(model: PreTrainedModel, cache: PagedCache) -> bool:
     """Whether `cache` is of this model, and no weight or buffer was written to, replaced or moved since."""
-    (told, state), weights = cache.prefixes.weights, look_at(model).of(_weights)
-    tensors = [weight() for weight in weights]
-    are_same = told is weights or (len(told) == len(weights) and all(map(is_, (x() for x in told), tensors)))
-    return are_same and state == _state_of(tensors)
+    (told, state), look = cache.prefixes.weights, look_at(model)
+    are_same = told is look.tensors or (
+        len(told) == len(look.tensors) and all(x() is y() for x, y in zip(told, look.tensors, strict=True))
+    )
+    return are_same and state == _state_of(look)
 
 
-def _weights(model: PreTrainedModel) -> list[weakref.ref]:
-    return [weakref.ref(x) for x in (*model.parameters(), *model.buffers())]
-
-
-def _state_of(weights: list[torch.Tensor]) -> tuple:
-    """Another one once any was written to or moved."""
+def _state_of(look: Look) -> tuple:
+    """That of the weights: another one once any was written to or moved."""
+    weights = [weight() for weight in look.tensors]
     try:
         versions = tuple(map(attrgetter("_version"), weights))
     except RuntimeError:  # there are inference tensors, which have none
         versions = tuple(None if x.is_inference() else x._version for x in weights)
-    return places_of(weights), versions
+    return look.places, versions
 
 
 def _root_of(model: PreTrainedModel) -> Hashable:

@@ -5,12 +5,14 @@ Arguments and results as in `hf_paged_flash.ops.reference_layers`. Without gradi
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
-from torch.library import Library, register_fake
+from torch.library import Library
 
 from hf_paged_flash.backend import count, use_kernels
 from hf_paged_flash.ops import reference_layers
-from hf_paged_flash.ops.library import launcher
+from hf_paged_flash.ops.library import launcher, register
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDEST = 32768  # row that a norm's program holds
@@ -21,14 +23,6 @@ for _schema in (
     "rotary(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor q_embed, Tensor k_embed)",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-
-
-def _rms_norm(x, weight, eps, **options):
-    return _run("rms_norm", x, weight, eps, **options)
-
-
-def _rotary(q, k, cos, sin):
-    return _run("rotary", q, k, cos, sin)
 
 
 def _run(name: str, first: torch.Tensor, *arguments, **options):
@@ -47,12 +41,8 @@ def _rotary_fake(q, k, cos, sin):
     return torch.empty_like(q), torch.empty_like(k)
 
 
-for _name, _implementation, _fake in (
-    ("rms_norm", _rms_norm, _rms_norm_fake),
-    ("rotary", _rotary, _rotary_fake),
-):
-    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
-    register_fake(f"hf_paged_flash::{_name}", _fake, lib=_library)
+register(_library, "rms_norm", partial(_run, "rms_norm"), _rms_norm_fake)
+register(_library, "rotary", partial(_run, "rotary"), _rotary_fake)
 
 rms_norm = torch.ops.hf_paged_flash.rms_norm.default
 rotary = torch.ops.hf_paged_flash.rotary.default

@@ -12,6 +12,7 @@ and packed keys; over paged keys its backward raises, as that of `paged_decode` 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 
@@ -147,6 +148,12 @@ def _refuse_backward(reason, grads, inputs):
     raise UnsupportedFeatureError(reason)
 
 
+def register(library: Library, name: str, implementation: Callable, fake: Callable) -> None:
+    """Gives an operator that `library` has defined what it runs on every device, and what it is traced as."""
+    library.impl(name, implementation, "CompositeExplicitAutograd")
+    register_fake(f"hf_paged_flash::{name}", fake, lib=library)
+
+
 @cache
 def launcher(name: str):
     # Imported at the first launch: importing the package must work, and start nothing, without Triton.
@@ -197,8 +204,7 @@ for _name, _implementation, _fake in (
     ("copy_blocks", _copy_blocks, _copy_blocks_fake),
     ("refuse_backward", _refuse_backward, _refuse_backward_fake),
 ):
-    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
-    register_fake(f"hf_paged_flash::{_name}", _fake, lib=_library)
+    register(_library, _name, _implementation, _fake)
 
 flash_forward = torch.ops.hf_paged_flash.flash_forward.default
 flash_backward = torch.ops.hf_paged_flash.flash_backward.default

@@ -22,8 +22,10 @@ from tests.tiny_models import ragged_batch, tiny_config, tiny_model
 
 INPUT_IDS = torch.arange(3, 21).view(2, 9)
 # calls of each operator in a forward of three layers
-TINY = {
+FUSED = {
     "llama": {"rms_norm": 7, "rotary": 3},
+    "mistral": {"rms_norm": 7, "rotary": 3},
+    "deepseek_v3": {"rms_norm": 10},  # pairs beside each other are turned, not halves
     "qwen3": {"rms_norm": 13, "rotary": 3},
     "gemma2": {"rms_norm": 13, "rotary": 3},
     "gemma3_text": {"rms_norm": 19, "rotary": 3},
@@ -62,11 +64,11 @@ def both(model) -> tuple[torch.Tensor, torch.Tensor]:
         return own, model(input_ids=INPUT_IDS).logits
 
 
-@pytest.mark.parametrize("model_type", TINY)
+@pytest.mark.parametrize("model_type", FUSED)
 def test_tiny_models(model_type):
     own, fused = both(tiny_model(tiny_config(model_type), "paged_flash").eval())
     assert torch.equal(fused, own)
-    assert calls() == TINY[model_type]
+    assert calls() == FUSED[model_type]
 
 
 @pytest.mark.parametrize("model_type", OTHERS)
@@ -79,7 +81,7 @@ def test_other_types(model_type):
 def test_low_precision(dtype):
     own, fused = both(tiny_model(tiny_config("gemma3_text"), "paged_flash").eval().to(dtype))
     assert torch.equal(fused, own)
-    assert calls() == TINY["gemma3_text"]
+    assert calls() == FUSED["gemma3_text"]
 
 
 def test_modules_are_put_back(llama):
@@ -98,7 +100,7 @@ def test_one_within_another(llama):
     first.__exit__(None, None, None)
     with torch.no_grad():
         llama(input_ids=INPUT_IDS)
-    assert calls() == TINY["llama"]
+    assert calls() == FUSED["llama"]
     second.__exit__(None, None, None)
     assert not any("forward" in vars(module) for module in llama.modules())
 
@@ -151,7 +153,7 @@ def test_copies_made_meanwhile(llama, how):
     reset_counters()
     with torch.no_grad(), fused_layers(other):
         assert torch.equal(other(input_ids=INPUT_IDS).logits, fused)
-    assert calls() == TINY["llama"]
+    assert calls() == FUSED["llama"]
 
 
 @torch.no_grad()
@@ -308,7 +310,7 @@ class TestGenerate:
 
     @staticmethod
     def forwards(count: int) -> dict[str, int]:
-        return {name: count * calls for name, calls in TINY["llama"].items()}
+        return {name: count * calls for name, calls in FUSED["llama"].items()}
 
     def test_every_forward(self, pair, recorders, elastic):
         """The prefill, a step that warms up, one that is captured, and all replays."""

@@ -3,7 +3,7 @@
 Nearly all the time goes into compiling kernels: `pytest -n 8 tests/integration/test_gpu.py` shares it out.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from hf_paged_flash import PagedCache, counters
 from hf_paged_flash.cache import paged_encoder_decoder_cache
+from tests.generation.test_fused_layers import FUSED
 from tests.integration.models import DENSE, LENGTHS, attentive_config, new_tokens
 from tests.integration.test_encoder_decoder import generate, inputs_for, make
 from tests.tiny_models import MODEL_TYPES, ragged_batch, tiny_model
@@ -103,11 +104,10 @@ def test_error_against_fp64_is_within_twice_eagers(model_type, dtype):
     _assert_kernels_ran(model_type)
 
 
-def _assert_kernels_ran(model_type: str) -> None:
+def _assert_kernels_ran(model_type: str, fused: Collection[str] = ()) -> None:
     ran = counters()
     dense = model_type in DENSE
-    attended = set(ran.kernel) - {"rms_norm", "rotary"}
-    assert attended == {"flash_forward", "store_kv"} | (set() if dense else {"paged_decode"})
+    assert set(ran.kernel) == {"flash_forward", "store_kv", *fused} | (set() if dense else {"paged_decode"})
     assert ran.reference_total == 0
     assert (ran.dense_gather_total > 0) == dense
 
@@ -120,7 +120,7 @@ def test_fp32_tokens_equal_eagers(model_type):
     assert torch.equal(new_tokens(paged, left, mask), expected)
     right, mask = (x.to(DEVICE) for x in ragged_batch(LENGTHS, "right"))
     assert torch.equal(new_tokens(paged, right, mask), expected)
-    _assert_kernels_ran(model_type)
+    _assert_kernels_ran(model_type, FUSED[model_type])
 
 
 @pytest.fixture
