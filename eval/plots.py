@@ -126,7 +126,8 @@ def draw_generate(rows: list[dict], path: Path) -> None:
                 continue
             style = {"color": GENERATORS[variant[0]], "marker": "o" if variant[1] is None else "D", "linestyle": ""}
             (drawn[variant_name(variant)],) = axis.plot(values["decode_ms"], place, **style)
-            drawn["floor"] = axis.vlines(values["floor_ms"], place - 0.4, place + 0.4, color="black", linewidth=1.2)
+            if "read_ms" in values:
+                drawn["floor"] = axis.vlines(values["read_ms"], place - 0.4, place + 0.4, color="black", linewidth=1.2)
     axis.set_yticks(range(len(cases)), cases)
     axis.invert_yaxis()
     axis.set_xscale("log", base=2)

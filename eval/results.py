@@ -39,7 +39,7 @@ UNITS = {
     "waste_pct": "%",
     "prefill_ms": "ms",
     "decode_ms": "ms",
-    "floor_ms": "ms",
+    "read_ms": "ms",
     "replay_ms": "ms",
     "graph_ms": "ms",
     "ttft_cold_ms": "ms",

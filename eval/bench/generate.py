@@ -118,7 +118,7 @@ def _numbers(found: Measured, floor: float) -> list[str]:
 
 
 def _record(recorder: Recorder, row: dict, impl: str, found: Measured, floor: float, replay: float | None) -> None:
-    values = {"prefill_ms": found.prefill_ms, "decode_ms": found.decode_ms, "tok_s": found.tok_s, "floor_ms": floor}
+    values = {"prefill_ms": found.prefill_ms, "decode_ms": found.decode_ms, "tok_s": found.tok_s, "read_ms": floor}
     if replay is not None:
         values["replay_ms"] = replay
     if found.graph_ms is not None:

@@ -38,6 +38,8 @@ def shapes_of(given: str | None, default: tuple[tuple[int, ...], ...]) -> tuple[
 ROUNDS, TURN_MS, MIN_RUNS, MAX_RUNS = 5, 20.0, 3, 12
 # Well above the L2 of any GPU of today, as in triton's `do_bench`.
 FLUSHED_BYTES = 256 * 2**20
+# What a graph is replayed for before it is timed: a GPU that has waited for the host is slow for some milliseconds.
+WARM_UP_MS = 20.0
 # The GPU waits so long (in cycles, about 4 ms) before a turn that the host, which launches, is ahead of it.
 HEAD_START = 8_000_000
 
@@ -110,8 +112,10 @@ def replayed_us(calls: list[Callable[[], object]], device: torch.device, replays
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    for _ in range(3):
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < WARM_UP_MS / 1e3:
         graph.replay()
+        torch.cuda.synchronize(device)
     starts, ends = ([torch.cuda.Event(enable_timing=True) for _ in range(replays)] for _ in range(2))
     for start, end in zip(starts, ends, strict=True):
         start.record()

@@ -1,6 +1,6 @@
 """Layers whose code is, word for word, one that is known, and what runs in its place: one operator for all of it.
 
-It rounds every product as their own code does; a norm's sum and its root may differ in their last bits.
+It rounds every product as their own code does; sums may differ in their last bits, and the root of a norm's.
 """
 
 import ast
@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from ..ops import layers
 from .looking import stand_in
 
 _ROTARY = "apply_rotary_pos_emb"
+_LINEAR = F.linear  # some libraries put in their own
 _here = threading.local()  # `own`: within `own_layers`
 
 
@@ -116,6 +118,11 @@ def _apply_rotary_emb(x, cos, sin):
     return torch.cat((first_, second_), dim=-1)
 
 
+class _Linear:
+    def forward(self, input):
+        return F.linear(input, self.weight, self.bias)
+
+
 class _Norm(NamedTuple):
     """What `rms_norm` gets for a class of modules."""
 
@@ -145,6 +152,8 @@ def forward_of(module_class: type) -> Callable | None:
     norm = _norms().get(_code_of_norm(module_class))
     if norm is not None:
         return _norm_forward(forward, norm)
+    if _code_of(forward) == _code_of(_Linear.forward) and forward.__globals__.get("F") is F and F.linear is _LINEAR:
+        return _linear_forward(forward)
     innermost = inspect.unwrap(forward)  # transformers' decorators rename arguments
     if not isinstance(innermost, FunctionType) or _ROTARY not in innermost.__code__.co_names:
         return None
@@ -189,6 +198,21 @@ def _norm_forward(original: Callable, norm: _Norm) -> Callable:
             return original(self, x)
         epsilon = getattr(self, norm.epsilon)
         return layers.rms_norm(x, weight, epsilon, offset=norm.offset, casting_mode=norm.casting_mode)
+
+    return forward
+
+
+@cache
+def _linear_forward(original: Callable) -> Callable:
+    @stand_in
+    def forward(self: nn.Module, input: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return original(self, input)
+        weight, bias = self.weight, self.bias
+        has_few_rows = 0 < input.numel() <= layers.MOST_ROWS * input.shape[-1]
+        if not has_few_rows or not _are_multiplied(input, weight, bias):
+            return original(self, input)
+        return layers.linear(input, weight, bias)
 
     return forward
 
@@ -268,6 +292,22 @@ def _are_turned(
         and width % 2 == 0
         and cos.shape[0] in (1, q.shape[0])
         and cos.shape[1] == q.shape[2]
+    )
+
+
+def _are_multiplied(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """In half precision, where a matrix product of few rows takes longer than to read its weights."""
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    return (
+        _are_known(*tensors)
+        and all(tensor.dtype == x.dtype for tensor in tensors)
+        and x.dtype.itemsize == 2
+        and weight.dim() == 2
+        and weight.stride(1) == 1
+        and weight.stride(0) % 8 == 0  # 16 bytes at a time
+        and weight.shape[1] == x.shape[-1]
+        and (bias is None or bias.is_contiguous())
+        and not torch.is_autocast_enabled(x.device.type)
     )
 
 

@@ -165,12 +165,13 @@ def decode_tile(block_d: int, block_dv: int, rows: int, dtype: torch.dtype, devi
 
 
 # Hopper and Blackwell, for up to 16 query rows: {largest padded head_dim: programs of `decode_tile` that an SM runs at
-# once, a wider tile, and programs of that}, by their registers and shared memory
+# once, and other tiles with programs of those}, by their registers and shared memory
 _DECODE_ROUNDS = {
-    64: (5, Tile(16, 128, 4, 2), 4),
-    128: (3, Tile(16, 128, 8, 2), 2),
-    256: (3, Tile(16, 64, 4, 3), 1),
+    64: (5, ((4, Tile(16, 128, 4, 2)),)),
+    128: (3, ((4, Tile(16, 32, 2, 4)), (2, Tile(16, 64, 4, 4)))),
+    256: (3, ((1, Tile(16, 64, 4, 3)),)),
 }
+_LEAST_GAIN = 1.03  # in rounds, for which one of the others is taken
 
 
 def decode_plan(
@@ -180,9 +181,9 @@ def decode_plan(
 
     From sizes known without asking the device: `row_heads`, batch size times KV heads, and `rows` as in `decode_tile`.
     Two programs an SM keep the memory busy, or one of many rows: a row's keys are split until one round of so many is
-    full, and no further. More programs run in rounds; the tile is the one that leaves less of its last round empty.
-    Fitted to times on an H100: at 58 shapes within 4 % of the best of some 20 choices, but for one row of 2k tokens.
-    In a single round of D128 the wide tile is 1 % faster there at most, and was slower on an H200: it is not taken.
+    full, and no further. More programs run in rounds; the tile is the one that leaves less of its last round empty, if
+    that is worth it: rounds of short rows run into each other. Fitted to times on an H100 and an H200: of 36 shapes of
+    more than one round all within 3 % of the best of up to ten tiles.
     """
     tile = decode_tile(block_d, block_dv, rows, dtype, device)
     programs = row_heads * -(-rows // tile.block_m)
@@ -191,14 +192,15 @@ def decode_plan(
     widest = max(block_d, block_dv)
     if tile.block_m > 16 or dtype.itemsize != 2 or not 90 <= device.capability < 120 or widest > 256:
         return tile, most_splits
-    at_once, wide, wide_at_once = _DECODE_ROUNDS[min(limit for limit in _DECODE_ROUNDS if limit >= widest)]
+    at_once, others = _DECODE_ROUNDS[min(limit for limit in _DECODE_ROUNDS if limit >= widest)]
     if programs > one_round:
-        is_wide = _rounds(programs, wide_at_once * device.num_sms) < _rounds(programs, at_once * device.num_sms)
-        return (wide if is_wide else tile), 1
-    if wide_at_once == 1:  # as many keys in flight as in two programs of the narrow tile
+        rounds, other = min((_rounds(programs, n * device.num_sms), i) for i, (n, _) in enumerate(others))
+        is_other = _LEAST_GAIN * rounds < _rounds(programs, at_once * device.num_sms)
+        return (others[other][1] if is_other else tile), 1
+    if others[0][0] == 1:  # as many keys in flight as in two programs of the narrow tile
         for splits in range(1, min(most_splits, 2) + 1):
             if _rounds(programs * splits, device.num_sms) < 1.05:
-                return wide, splits
+                return others[0][1], splits
     return tile, most_splits
 
 

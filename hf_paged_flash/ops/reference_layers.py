@@ -1,8 +1,9 @@
-"""Norms and rotary embeddings in plain torch, operator by operator as transformers' models write them."""
+"""Norms, rotary embeddings and linear layers in plain torch, as transformers' models write them."""
 
 from __future__ import annotations
 
 import torch
+from torch.nn import functional as F
 
 
 def rms_norm(
@@ -39,6 +40,20 @@ def rotary(
     """
     cos, sin = cos[:, None], sin[:, None]
     return _turned(q, cos, sin), _turned(k, cos, sin)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x weight^T + bias.
+
+    Args:
+        x: (..., K), of few rows.
+        weight: (N, K).
+        bias: (N,).
+
+    Returns:
+        (..., N) in x's dtype.
+    """
+    return F.linear(x, weight, bias)
 
 
 def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -42,7 +42,7 @@ def test_batches(tmp_path):
     assert [row["case"] for row in rows if row["metric"] == "decode_ms"] == [dense] * 3 + [ragged] * 2
     values = {(row["case"]["prompt"], row["impl"], row["metric"]): row["value"] for row in rows}
     assert {impl for _, impl, _ in values} == set(generate_calls.IMPLEMENTATIONS)
-    metrics = {"prefill_ms", "decode_ms", "tok_s", "floor_ms"}
+    metrics = {"prefill_ms", "decode_ms", "tok_s", "read_ms"}
     assert {metric for prompt, _, metric in values if prompt == 16} == metrics | {"replay_ms"}
     assert {metric for prompt, _, metric in values if prompt == "ragged"} == metrics
     # a step reads the weights but for the embeddings, and 64 bytes a layer of K and of V for each token
@@ -50,7 +50,7 @@ def test_batches(tmp_path):
     copied = next(row["value"] for row in recorded(tmp_path) if row["impl"] == "copy")
     for prompt, tokens in ((16, 2 * (16 + 3)), ("ragged", 41 + 3 * 3)):
         expected = (weights + tokens * 2 * 2 * 64) / copied / 1e6
-        assert values[prompt, "paged_flash", "floor_ms"] == pytest.approx(expected)
+        assert values[prompt, "paged_flash", "read_ms"] == pytest.approx(expected)
 
 
 def test_other_logits_are_exit_status_1_and_no_row_of_that_batch(tmp_path, monkeypatch):

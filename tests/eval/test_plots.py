@@ -63,7 +63,7 @@ def test_pictures_of_generate(tmp_path):
         generated(metric, value, impl, mode, b=b)
         for b in (1, 32)
         for impl, mode in (("paged_flash", None), ("paged_flash", "default"), ("dynamic_sdpa", None))
-        for metric, value in (("decode_ms", 5.0), ("floor_ms", 4.0))
+        for metric, value in (("decode_ms", 5.0), ("read_ms", 4.0))
     ]
     plots.draw_generate([*rows, generated("out_of_memory", 1, "static_compile", b=32)], tmp_path / "it.svg")
     text = (tmp_path / "it.svg").read_text()

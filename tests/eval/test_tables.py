@@ -126,7 +126,7 @@ def generated(run, impl, compiled=None, *, case=None, **values):
 
 
 def test_generate(tmp_path):
-    bounds = {"floor_ms": 4.0, "graph_ms": 5.0}
+    bounds = {"read_ms": 4.0, "graph_ms": 5.0}
     rest = {"prefill_ms": 30.0, "tok_s": 1500.0, "peak_gib": 0.25, **bounds}
     write(
         tmp_path / "generate.jsonl",
@@ -137,7 +137,7 @@ def test_generate(tmp_path):
         *generated("new", "dynamic_sdpa", decode_ms=24.0, **rest),
         *generated("new", "static_compile", case={"b": 32}, out_of_memory=1),
         *generated("other", "paged_flash", case={"prompt": "ragged", "tokens": 23545}, decode_ms=8.0,
-                   prefill_ms=500.0, tok_s=9.0, floor_ms=4.0),
+                   prefill_ms=500.0, tok_s=9.0, read_ms=4.0),
     )  # fmt: skip
     text = tables.table_of("generate", tmp_path)
     assert "99" not in text and text.count("commit") == 2

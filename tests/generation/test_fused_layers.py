@@ -1,4 +1,4 @@
-"""Norms and rotary embeddings as one operator each, while generate() runs, where the code is the one known."""
+"""Norms, rotary embeddings and linear layers as one operator each, in generate(), where the code is the one known."""
 
 import copy
 import functools
@@ -52,16 +52,16 @@ def count_anew():
 
 def calls() -> dict[str, int]:
     counted = Counter(counters().reference) + Counter(counters().kernel)
-    return {name: counted[name] for name in ("rms_norm", "rotary") if counted[name]}
+    return {name: counted[name] for name in ("rms_norm", "rotary", "linear") if counted[name]}
 
 
 @torch.no_grad()
-def both(model) -> tuple[torch.Tensor, torch.Tensor]:
+def both(model, input_ids: torch.Tensor = INPUT_IDS) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of the model's own code, and of what is fused."""
-    own = model(input_ids=INPUT_IDS).logits
+    own = model(input_ids=input_ids).logits
     assert calls() == {}
     with fused_layers(model):
-        return own, model(input_ids=INPUT_IDS).logits
+        return own, model(input_ids=input_ids).logits
 
 
 @pytest.mark.parametrize("model_type", FUSED)
@@ -198,6 +198,67 @@ def test_gradients_come_from_their_own_code(llama):
     with fused_layers(llama):
         llama(input_ids=INPUT_IDS, labels=INPUT_IDS).loss.backward()
     assert calls() == {} and llama.model.norm.weight.grad is not None
+
+
+class TestLinear:
+    """Of few rows in half precision."""
+
+    FEW = torch.arange(3, 7).view(1, 4)
+    LAYERS = 3 * 7 + 1
+
+    @pytest.fixture
+    def half(self, llama) -> torch.nn.Module:
+        return llama.half()
+
+    @staticmethod
+    def count(model, input_ids: torch.Tensor = FEW) -> int:
+        own, fused = both(model, input_ids)
+        assert torch.equal(own, fused)
+        return calls().get("linear", 0)
+
+    @pytest.mark.parametrize("model_type, layers", [("llama", LAYERS), ("gemma3_text", LAYERS), ("gpt_oss", 3 * 4 + 1)])
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_few_rows(self, model_type, layers, dtype):
+        """With a head that is the table of embeddings, too, and with biases; gpt-oss' experts are no such layers."""
+        assert self.count(tiny_model(tiny_config(model_type), "paged_flash", dtype=dtype)) == layers
+
+    @pytest.mark.parametrize("shape, layers", [((1, 5), 0), ((5, 1), 0), ((2, 1), LAYERS), ((2, 2), LAYERS)])
+    def test_how_many_rows(self, half, shape, layers):
+        assert self.count(half, torch.full(shape, 7)) == layers
+
+    def test_fp32(self, llama):
+        assert self.count(llama) == 0
+
+    def test_autocast(self, half):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert self.count(half) == 0
+
+    def test_another_linear(self, half, monkeypatch):
+        """As libraries put in; torch's layers call it by this name."""
+        original = torch.nn.functional.linear
+        monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: 2 * original(*args))
+        assert self.count(half) == 0
+
+    @pytest.mark.parametrize("how", ["by columns", "rows of 6 elements", "a subclass of tensors"])
+    def test_weights_that_are_left_to_torch(self, half, how):
+        head, left = half.lm_head, 1
+        if how == "by columns":
+            head.weight = torch.nn.Parameter(head.weight.mT.contiguous().mT)
+        elif how == "a subclass of tensors":
+            head.weight = torch.nn.Parameter(head.weight.detach().as_subclass(_Tensor))
+        else:
+            narrow = [torch.nn.Linear(*shape, dtype=torch.float16) for shape in ((64, 6), (6, 97))]
+            half.lm_head, left = torch.nn.Sequential(*narrow), 0
+        assert self.count(half) == self.LAYERS - left
+
+    def test_another_dtype_is_torchs_error(self, half):
+        with torch.no_grad(), fused_layers(half), pytest.raises(RuntimeError, match="same dtype"):
+            half.lm_head(torch.ones(1, 64))
+
+    def test_no_rows(self, half):
+        with torch.no_grad(), fused_layers(half):
+            assert half.lm_head(torch.empty(0, 64, dtype=torch.float16)).shape == (0, half.config.vocab_size)
+        assert calls() == {}
 
 
 class TestWhatIsNotKnown:

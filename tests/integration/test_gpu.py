@@ -123,6 +123,16 @@ def test_fp32_tokens_equal_eagers(model_type):
     _assert_kernels_ran(model_type, FUSED[model_type])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_one_row_in_half_precision(dtype):
+    """Its linear layers run on their kernel, replayed or not."""
+    model = _model("llama", "paged_flash", dtype)
+    input_ids, mask = (x[-1:].to(DEVICE) for x in ragged_batch(LENGTHS, "left"))
+    tokens = new_tokens(model, input_ids, mask)
+    _assert_kernels_ran("llama", (*FUSED["llama"], "linear"))
+    assert torch.equal(new_tokens(model, input_ids, mask, disable_compile=True), tokens)
+
+
 @pytest.fixture
 def no_host_sync():
     """A function that forbids torch to wait for the device; allowed again at the end of the test."""

@@ -62,7 +62,9 @@ class Case:
         if self.op in ("flash_forward", "flash_backward"):
             parts.append("causal" if self.causal else "full")
         elif self.op == "paged_decode":
-            parts += [f"group{self.group}", f"q{self.seqlen_q}"] + ([f"rows{self.batch}"] if self.batch > 2 else [])
+            parts += [f"group{self.group}", f"q{self.seqlen_q}"]
+        if self.op == "linear" or self.batch > 2:
+            parts.append(f"rows{self.batch}")
         parts += ["window"] if self.window_left >= 0 else []
         parts += ["softcap"] if self.softcap > 0 else []
         parts += ["bias"] * self.bias + ["alibi"] * self.alibi + ["dropout"] * (self.dropout_p > 0.0)
@@ -102,10 +104,12 @@ def representative() -> list[Case]:
     for arch, (d, _), page_size in itertools.product((90, 100), HEAD_DIMS[:3], (16, 256)):
         cases += [_decode(arch, "bf16", d, batch=64, page_size=page_size)]
     cases += [_decode(90, "bf16", 128, batch=64, group=8, seqlen_q=2, **EVERYTHING)]
+    cases += [_decode(arch, "bf16", 128, batch=160, page_size=16) for arch in (90, 100)]
     cases += [_forward(90, "fp16", 128, page_size=64, packed=True, **EVERYTHING)]
     cases += [_forward(90, "bf16", 128, causal=False)]
     cases += [Case(arch, op, "fp16", 128, page_size=16) for arch in (75, 90) for op in ("store_kv", "copy_blocks")]
     cases += [Case(arch, op, "bf16", 128) for arch in (80, 90, 100) for op in ("rms_norm", "rotary")]
+    cases += [Case(arch, "linear", "bf16", 128, batch=rows) for arch in (80, 90, 100) for rows in (1, 4)]
     return cases + representative_backward()
 
 
@@ -147,6 +151,7 @@ def sweep() -> list[Case]:
             cases += [_decode(arch, dtype, d, group=group, seqlen_q=16, **shape, **EVERYTHING) for group in (1, 2, 8)]
             cases += [Case(arch, "store_kv", dtype, d, page_size=16, **shape)]
             cases += [Case(arch, op, dtype, d) for op in ("rms_norm", "rotary") if not dv]
+            cases += [Case(arch, "linear", dtype, d, batch=rows) for rows in (1, 2, 3, 4) if dtype != "fp32" and not dv]
     return cases
 
 
@@ -157,6 +162,7 @@ def _launch(case: Case) -> None:
     from hf_paged_flash.kernels.copy_blocks import copy_blocks
     from hf_paged_flash.kernels.flash_backward import flash_backward
     from hf_paged_flash.kernels.flash_forward import flash_forward
+    from hf_paged_flash.kernels.linear import linear
     from hf_paged_flash.kernels.paged_decode import paged_decode
     from hf_paged_flash.kernels.rms_norm import rms_norm
     from hf_paged_flash.kernels.rotary import rotary
@@ -188,6 +194,9 @@ def _launch(case: Case) -> None:
         hidden = kv_heads * case.group * case.head_dim
         rms_norm(tensor(batch, 1, hidden), tensor(hidden), 1e-6)
         rms_norm(tensor(batch, 1, heads, case.head_dim), tensor(case.head_dim), 1e-6, offset=1.0, casting_mode="gemma")
+    elif case.op == "linear":
+        hidden = kv_heads * case.group * case.head_dim
+        linear(tensor(case.batch, 1, hidden), tensor(3 * hidden, hidden), tensor(3 * hidden))
     elif case.op == "rotary":
         q, k = (tensor(batch, 1, n, case.head_dim).transpose(1, 2) for n in (heads, kv_heads))
         for rotary_dim in (case.head_dim, case.head_dim // 2):

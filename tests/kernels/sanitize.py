@@ -169,6 +169,15 @@ def rms_norm(device: str) -> None:
         torch.testing.assert_close(out.cpu(), reference_layers.rms_norm(x, weight, 1e-6), rtol=1e-2, atol=1e-2)
 
 
+def linear(device: str) -> None:
+    from hf_paged_flash.kernels.linear import linear as launcher
+
+    for rows, n, k in ((1, 7, 72), (4, 33, 2056), (3, 16, 4096)):
+        x, weight, bias = _random(rows, k), _random(n, k), _random(n)
+        out = launcher(x.to(device), weight.to(device), bias.to(device))
+        torch.testing.assert_close(out.cpu(), reference_layers.linear(x, weight, bias), rtol=1e-2, atol=0.5)
+
+
 def rotary(device: str) -> None:
     from hf_paged_flash.kernels.rotary import rotary as launcher
 
@@ -239,7 +248,8 @@ def hopper_handover(device: str) -> None:
 
 
 PORTABLE = (
-    forward, paged_forward, paged_decode, store_kv, copy_blocks, rms_norm, rotary, backward, modified_backward,
+    forward, paged_forward, paged_decode, store_kv, copy_blocks, rms_norm, rotary, linear, backward,
+    modified_backward,
 )  # fmt: skip
 CASES = {case.__name__: case for case in (*PORTABLE, hopper_forward, hopper_backward, hopper_handover)}
 

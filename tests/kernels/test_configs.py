@@ -23,10 +23,12 @@ def test_rows_beyond_one_round_take_the_tile_that_fills_its_rounds():
     def plan(batch):
         return decode_plan(8 * batch, 128, 128, 4, torch.bfloat16, H100)
 
-    narrow, wide = Tile(16, 64, 4, 3), Tile(16, 128, 8, 2)
-    assert plan(1) == (narrow, 33)
-    assert plan(48) == (narrow, 1)  # 384 of 396 at once; of the wide tile's 264, a second round with 120
-    assert plan(64) == (wide, 1)  # 512 of two rounds of 264; a second round of 396 with 116
+    most, small, deep = Tile(16, 64, 4, 3), Tile(16, 32, 2, 4), Tile(16, 64, 4, 4)
+    assert plan(1) == (most, 33)
+    assert plan(48) == (most, 1)  # 384 of 396 at once; 384 of 528 of the small tile
+    assert plan(64) == (small, 1)  # 512 of 528; a second round of 396 with 116
+    assert plan(160) == (deep, 1)  # 1280 of five rounds of 264; a fourth round of 396 with 92, a third of 528 with 224
+    assert plan(200) == (most, 1)  # seven rounds of 264 with 16 in the last are hardly better than five of 396
 
 
 @pytest.mark.parametrize(
