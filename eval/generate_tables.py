@@ -61,12 +61,12 @@ def generate(folder: Path) -> str:
                 table.append([*what, "out of memory", *["–"] * 6])
                 continue
             step = values["decode_ms"]
-            ratios = [(step, other) for other in (values.get("read_ms"), values.get("graph_ms"), peer.get("decode_ms"))]
+            others = values.get("read_ms"), values.get("graph_ms"), peer.get("decode_ms")
             table.append([
                 *what,
                 f"{values['prefill_ms']:,.0f}",
                 f"{step:.2f}",
-                *(f"{ours / theirs:.2f}" if theirs else "–" for ours, theirs in ratios),
+                *(f"{step / other:.2f}" if other else "–" for other in others),
                 f"{values['tok_s']:,.0f}",
                 f"{values['peak_gib']:.2f}" if "peak_gib" in values else "–",
             ])  # fmt: skip

@@ -95,6 +95,6 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
             EVEN_K=k % block_k == 0,
             BLOCK_N=_BLOCK_N,
             BLOCK_K=block_k,
-            num_warps=max(1, block_k // 512),
+            num_warps=max(1, _BLOCK_N * block_k // 1024),
         )
     return out
