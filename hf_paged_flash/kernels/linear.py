@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-_BLOCK_N = 2
-_BLOCK_K = 2048
+# {rows: BLOCK_N, most of BLOCK_K}, of ten measured on an H200: with two, more weights have to be on their way at once
+_TILES = {1: (1, 2048), 2: (4, 1024)}
 
 
 @triton.jit
@@ -23,18 +23,17 @@ def _linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Out = X Weight^T + Bias of ROWS rows, 1 to 4; products and sums in fp32.
+    """Out = X Weight^T + Bias of ROWS rows, 1 or 2; products and sums in fp32.
 
     X (ROWS, K), Weight (N, K), both with contiguous rows, Bias (N,) or None, Out (ROWS, N) contiguous. Grid
     (cdiv(N, BLOCK_N),). No tensor cores: a thread has multiplied its weights by the time that the next have come.
-    A row's sum has the same order whatever ROWS is, so that it does not depend on the others.
     """
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     mask_n = offs_n < N
     weights = Weight + offs_n.to(tl.int64)[:, None] * stride_weight + offs_k[None, :]
     acc_0 = tl.zeros([BLOCK_N, BLOCK_K // 8], tl.float32)
-    acc_1, acc_2, acc_3 = acc_0, acc_0, acc_0
+    acc_1 = acc_0
     for start_k in range(0, K, BLOCK_K):
         mask = mask_n[:, None] if EVEN_K else mask_n[:, None] & (offs_k < K - start_k)[None, :]
         weight = tl.load(weights + start_k, mask=mask, other=0.0).to(tl.float32)
@@ -42,10 +41,6 @@ def _linear_kernel(
         acc_0 += _sums_of_eight(weight, x, K - start_k, EVEN_K)
         if ROWS > 1:
             acc_1 += _sums_of_eight(weight, x + stride_x, K - start_k, EVEN_K)
-        if ROWS > 2:
-            acc_2 += _sums_of_eight(weight, x + 2 * stride_x, K - start_k, EVEN_K)
-        if ROWS > 3:
-            acc_3 += _sums_of_eight(weight, x + 3 * stride_x, K - start_k, EVEN_K)
     bias = 0.0
     if Bias is not None:
         bias = tl.load(Bias + offs_n, mask=mask_n, other=0.0).to(tl.float32)
@@ -53,10 +48,6 @@ def _linear_kernel(
     tl.store(out, (tl.sum(acc_0, 1) + bias).to(Out.dtype.element_ty), mask=mask_n)
     if ROWS > 1:
         tl.store(out + N, (tl.sum(acc_1, 1) + bias).to(Out.dtype.element_ty), mask=mask_n)
-    if ROWS > 2:
-        tl.store(out + 2 * N, (tl.sum(acc_2, 1) + bias).to(Out.dtype.element_ty), mask=mask_n)
-    if ROWS > 3:
-        tl.store(out + 3 * N, (tl.sum(acc_3, 1) + bias).to(Out.dtype.element_ty), mask=mask_n)
 
 
 @triton.jit
@@ -73,16 +64,17 @@ def _sums_of_eight(weight, x_pointers, rest, EVEN_K: tl.constexpr):
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Launches `_linear_kernel`; arguments and result as in `hf_paged_flash.ops.reference_layers`, at most 4 rows."""
+    """Launches `_linear_kernel`; arguments and result as in `hf_paged_flash.ops.reference_layers`, one row or two."""
     n, k = weight.shape
     out = x.new_empty(*x.shape[:-1], n)
     if out.numel() == 0:
         return out
     x = x.reshape(-1, k)
     x = x if x.stride(1) == 1 else x.contiguous()
-    block_k = min(_BLOCK_K, max(64, triton.next_power_of_2(k)))
+    block_n, block_k = _TILES[len(x)]
+    block_k = min(block_k, max(64, triton.next_power_of_2(k)))
     with torch.cuda.device_of(x):
-        _linear_kernel[(triton.cdiv(n, _BLOCK_N),)](
+        _linear_kernel[(triton.cdiv(n, block_n),)](
             X=x,
             Weight=weight,
             Bias=bias,
@@ -93,8 +85,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
             K=k,
             ROWS=len(x),
             EVEN_K=k % block_k == 0,
-            BLOCK_N=_BLOCK_N,
+            BLOCK_N=block_n,
             BLOCK_K=block_k,
-            num_warps=max(1, _BLOCK_N * block_k // 1024),
+            num_warps=max(1, min(4, block_n * block_k // 512)),
         )
     return out

@@ -16,7 +16,7 @@ from hf_paged_flash.ops.library import launcher, register
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDEST = 32768  # row that a norm's program holds
-MOST_ROWS = 4  # of a linear layer
+MOST_ROWS = 2  # of a linear layer
 
 _library = Library("hf_paged_flash", "FRAGMENT")
 for _schema in (
