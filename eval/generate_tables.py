@@ -74,7 +74,8 @@ def generate(folder: Path) -> str:
                "× DynamicCache's", "tokens/s", "GiB over the weights"]  # fmt: skip
     measured = [any(row[i] != "–" for row in table) for i in range(len(heading))]
     heading, *table = ([cell for cell, shown in zip(row, measured, strict=True) if shown] for row in [heading, *table])
-    return f"{markdown(heading, table)}\n\n{source(rows)}"
+    floor = "Floor: the bytes of weights and K/V over the bandwidth of a copy. " if "× floor" in heading else ""
+    return f"{markdown(heading, table)}\n\n{floor}{source(rows)}"
 
 
 def first_token(folder: Path) -> str:

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-# {rows: BLOCK_N, most of BLOCK_K}, of ten measured on an H200: with two, more weights have to be on their way at once
+# {rows: BLOCK_N, most of BLOCK_K}, of eleven tiles the fastest for an 8B model's weights on an H200
 _TILES = {1: (1, 2048), 2: (4, 1024)}
 
 

@@ -140,7 +140,7 @@ def test_generate(tmp_path):
                    prefill_ms=500.0, tok_s=9.0, read_ms=4.0),
     )  # fmt: skip
     text = tables.table_of("generate", tmp_path)
-    assert "99" not in text and text.count("commit") == 2
+    assert "99" not in text and text.count("commit") == 2 and text.count("Floor: ") == 1
     assert "| llama-8b, B1, prompt 512 | paged_flash | 30 | 6.00 | 1.50 | 1.20 | 0.25 | 1,500 | 0.25 |" in text
     assert "| paged_flash, compiled (default) | 30 | 5.00 | 1.25 | 1.00 | 0.21 |" in text
     assert "| llama-8b, B32, prompt 512 | StaticCache + compile | out of memory |" in text

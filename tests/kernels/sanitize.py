@@ -172,7 +172,7 @@ def rms_norm(device: str) -> None:
 def linear(device: str) -> None:
     from hf_paged_flash.kernels.linear import linear as launcher
 
-    for rows, n, k in ((1, 7, 72), (4, 33, 2056), (3, 16, 4096)):
+    for rows, n, k in ((1, 7, 72), (2, 33, 2056), (1, 16, 4096)):
         x, weight, bias = _random(rows, k), _random(n, k), _random(n)
         out = launcher(x.to(device), weight.to(device), bias.to(device))
         torch.testing.assert_close(out.cpu(), reference_layers.linear(x, weight, bias), rtol=1e-2, atol=0.5)
