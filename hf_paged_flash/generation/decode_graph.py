@@ -12,7 +12,7 @@ All graphs of a model share one memory pool. They run one after another, for one
 import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from inspect import signature
 from threading import Lock
 from typing import Any
@@ -30,7 +30,7 @@ from ..cache.step_buffers import StepBuffers
 from .capturable import NotCapturable, NoWaiting
 from .compiled_forward import CompiledForward, CompileSettings
 from .fused_layers import fused_layers
-from .known_layers import own_layers
+from .known_layers import captured_layers, own_layers
 from .looking import Look, look_at
 from .media import MOVED, of_tokens
 
@@ -323,8 +323,14 @@ class DecodeGraphs:
         return graph
 
 
-def _layers_of(model: PreTrainedModel, settings: CompileSettings | None) -> AbstractContextManager:
-    return fused_layers(model) if settings is None else own_layers()  # what is compiled, inductor fuses
+@contextmanager
+def _layers_of(model: PreTrainedModel, settings: CompileSettings | None) -> Iterator[None]:
+    if settings is not None:
+        with own_layers():  # what is compiled, inductor fuses
+            yield
+    else:
+        with fused_layers(model), captured_layers():
+            yield
 
 
 def _name_of(kind: tuple) -> str:

@@ -8,7 +8,7 @@ import inspect
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from types import CellType, FunctionType
 from typing import Any, NamedTuple
@@ -21,8 +21,7 @@ from ..ops import layers
 from .looking import stand_in
 
 _ROTARY = "apply_rotary_pos_emb"
-_LINEAR = F.linear  # some libraries put in their own
-_here = threading.local()  # `own`: within `own_layers`
+_here = threading.local()  # `own`: within `own_layers`, `captured`: within `captured_layers`
 
 
 class _LlamaNorm:
@@ -131,15 +130,27 @@ class _Norm(NamedTuple):
     offset: float = 0.0
 
 
-@contextmanager
-def own_layers() -> Iterator[None]:
+def own_layers() -> AbstractContextManager:
     """Within it all modules run their own code in this thread, whatever `fused_layers` there are around it."""
-    before = getattr(_here, "own", False)
-    _here.own = True
+    return _within("own")
+
+
+def captured_layers() -> AbstractContextManager:
+    """Within it linear layers run as their operator, too, in this thread: its launch takes longer than torch's own.
+
+    For forwards that are captured, and for those that warm up for that.
+    """
+    return _within("captured")
+
+
+@contextmanager
+def _within(name: str) -> Iterator[None]:
+    before = getattr(_here, name, False)
+    setattr(_here, name, True)
     try:
         yield
     finally:
-        _here.own = before
+        setattr(_here, name, before)
 
 
 def forward_of(module_class: type) -> Callable | None:
@@ -152,8 +163,10 @@ def forward_of(module_class: type) -> Callable | None:
     norm = _norms().get(_code_of_norm(module_class))
     if norm is not None:
         return _norm_forward(forward, norm)
-    if _code_of(forward) == _code_of(_Linear.forward) and forward.__globals__.get("F") is F and F.linear is _LINEAR:
-        return _linear_forward(forward)
+    if _code_of(forward) == _code_of(_Linear.forward):
+        # libraries put in a function of their own; a parametrized weight is a property of its class
+        is_torchs = forward.__globals__.get("F") is F and F.linear is torch._C._nn.linear
+        return _linear_forward(forward) if is_torchs and not hasattr(module_class, "weight") else None
     innermost = inspect.unwrap(forward)  # transformers' decorators rename arguments
     if not isinstance(innermost, FunctionType) or _ROTARY not in innermost.__code__.co_names:
         return None
@@ -206,13 +219,12 @@ def _norm_forward(original: Callable, norm: _Norm) -> Callable:
 def _linear_forward(original: Callable) -> Callable:
     @stand_in
     def forward(self: nn.Module, input: torch.Tensor) -> torch.Tensor:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not getattr(_here, "captured", False):
             return original(self, input)
-        weight, bias = self.weight, self.bias
         has_few_rows = 0 < input.numel() <= layers.MOST_ROWS * input.shape[-1]
-        if not has_few_rows or not _are_multiplied(input, weight, bias):
+        if not has_few_rows or not _are_multiplied(input, self.weight, self.bias):
             return original(self, input)
-        return layers.linear(input, weight, bias)
+        return layers.linear(input, self.weight, self.bias)
 
     return forward
 
@@ -296,17 +308,17 @@ def _are_turned(
 
 
 def _are_multiplied(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """In half precision, where a matrix product of few rows takes longer than to read its weights."""
     tensors = (x, weight) if bias is None else (x, weight, bias)
     return (
         _are_known(*tensors)
-        and all(tensor.dtype == x.dtype for tensor in tensors)
         and x.dtype.itemsize == 2
+        and all(tensor.dtype == x.dtype and tensor.layout is torch.strided for tensor in tensors)
         and weight.dim() == 2
-        and weight.stride(1) == 1
-        and weight.stride(0) % 8 == 0  # 16 bytes at a time
         and weight.shape[1] == x.shape[-1]
-        and (bias is None or bias.is_contiguous())
+        and weight.numel() >= layers.LEAST_WEIGHTS
+        and weight.stride(1) == 1
+        and weight.stride(0) % 16 == weight.data_ptr() % 16 == 0  # what Triton reads 16 bytes at a time
+        and (bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous()))
         and not torch.is_autocast_enabled(x.device.type)
     )
 

@@ -4,7 +4,7 @@ import copy
 import functools
 import io
 from collections import Counter
-from types import MethodType
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from transformers.models.llama import modeling_llama
 from hf_paged_flash import configure, counters, reset_counters
 from hf_paged_flash.eval.finding import build
 from hf_paged_flash.generation.fused_layers import fused_layers
-from hf_paged_flash.generation.known_layers import own_layers
+from hf_paged_flash.generation.known_layers import captured_layers, forward_of, own_layers
 from hf_paged_flash.generation.looking import Look, looking_once
 from hf_paged_flash.ops import layers
 from tests.integration.models import LENGTHS, new_tokens, unpadded_runs
@@ -201,63 +201,97 @@ def test_gradients_come_from_their_own_code(llama):
 
 
 class TestLinear:
-    """Of few rows in half precision."""
+    """Of one row or two in half precision, where it is captured."""
 
-    FEW = torch.tensor([[3, 4]])
     LAYERS = 3 * 7 + 1
 
+    @pytest.fixture(autouse=True)
+    def small_weights(self, monkeypatch):
+        monkeypatch.setattr(layers, "LEAST_WEIGHTS", 32 * 64)
+
     @pytest.fixture
-    def half(self, llama) -> torch.nn.Module:
-        return llama.half()
+    def layer(self) -> torch.nn.Linear:
+        return torch.nn.Linear(64, 32, dtype=torch.float16)
 
     @staticmethod
-    def count(model, input_ids: torch.Tensor = FEW) -> int:
-        own, fused = both(model, input_ids)
-        assert torch.equal(own, fused)
-        return calls().get("linear", 0)
+    @torch.no_grad()
+    def runs(layer: torch.nn.Linear, shape: tuple[int, ...] = (1, 1, 64), dtype: torch.dtype = torch.float16) -> bool:
+        """Whether the operator runs, with torch's result, which it has on a CPU."""
+        x = torch.randn(shape).to(dtype)
+        with captured_layers():
+            assert torch.equal(forward_of(type(layer))(layer, x), layer(x))
+        return calls() == {"linear": 1}
 
-    @pytest.mark.parametrize("model_type, layers", [("llama", LAYERS), ("gemma3_text", LAYERS), ("gpt_oss", 13)])
+    @pytest.mark.parametrize("model_type, count", [("llama", LAYERS), ("gemma3_text", LAYERS), ("gpt_oss", 3 * 4 + 1)])
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-    def test_few_rows(self, model_type, layers, dtype):
-        """With a head that is the table of embeddings, too, and with biases; gpt-oss' experts are no such layers."""
-        assert self.count(tiny_model(tiny_config(model_type), "paged_flash", dtype=dtype)) == layers
+    def test_models(self, model_type, count, dtype):
+        """With a head that is the table of embeddings, and with biases; gpt-oss' experts are no such layers."""
+        model = tiny_model(tiny_config(model_type), "paged_flash", dtype=dtype)
+        with captured_layers():
+            own, fused = both(model, torch.tensor([[3, 4]]))
+        assert torch.equal(own, fused) and calls()["linear"] == count
 
-    @pytest.mark.parametrize("shape, layers", [((1, 3), 0), ((3, 1), 0), ((2, 1), LAYERS), ((1, 2), LAYERS)])
-    def test_how_many_rows(self, half, shape, layers):
-        assert self.count(half, torch.full(shape, 7)) == layers
+    @torch.no_grad()
+    def test_eager_forwards_are_left_to_torch(self, llama):
+        own, fused = both(llama.half(), torch.tensor([[3, 4]]))
+        assert torch.equal(own, fused) and "linear" not in calls()
 
-    def test_fp32(self, llama):
-        assert self.count(llama) == 0
+    @pytest.mark.parametrize("shape, few", [((64,), True), ((1, 2, 64), True), ((2, 1, 64), True), ((3, 64), False),
+                                            ((1, 3, 64), False), ((0, 64), False)])  # fmt: skip
+    def test_rows(self, layer, shape, few):
+        assert self.runs(layer, shape) == few
 
-    def test_autocast(self, half):
+    @pytest.mark.parametrize("has_bias", [True, False])
+    def test_bias(self, layer, has_bias):
+        layer.bias = layer.bias if has_bias else None
+        assert self.runs(layer)
+
+    @pytest.mark.parametrize("bias", [torch.ones(()), torch.ones(1), torch.randn(2, 32), torch.randn(64).half()[::2]],
+                             ids=["of no dim", "of one", "of each row", "strided"])  # fmt: skip
+    def test_biases_that_are_left_to_torch(self, layer, bias):
+        layer.bias = torch.nn.Parameter(bias.half())
+        assert not self.runs(layer, (2, 64))
+
+    WEIGHTS = {
+        "fp32": (torch.float32, lambda weight: weight.float()),
+        "small": (torch.float16, lambda weight: weight[1:]),
+        "by columns": (torch.float16, lambda weight: weight.mT.contiguous().mT),
+        "every second column": (torch.float16, lambda weight: torch.cat([weight, weight], 1)[:, ::2]),
+        "rows of 72": (torch.float16, lambda weight: torch.cat([weight, weight], 1)[:, :72].contiguous()[:, :64]),
+        "not aligned": (torch.float16, lambda weight: torch.cat([weight, weight]).flatten()[4:2052].view(32, 64)),
+        "a subclass of tensors": (torch.float16, lambda weight: weight.as_subclass(_Tensor)),
+    }
+
+    @pytest.mark.parametrize("how", WEIGHTS)
+    def test_weights_that_are_left_to_torch(self, layer, how):
+        dtype, change = self.WEIGHTS[how]
+        layer.weight, layer.bias = torch.nn.Parameter(change(layer.weight.detach())), None
+        assert not self.runs(layer, dtype=dtype)
+
+    def test_a_parametrized_weight(self, layer):
+        torch.nn.utils.parametrizations.weight_norm(layer)
+        assert forward_of(type(layer)) is None
+
+    def test_autocast(self, layer):
         with torch.autocast("cpu", torch.bfloat16):
-            assert self.count(half) == 0
+            assert not self.runs(layer)
 
-    def test_another_linear(self, half, monkeypatch):
-        """As libraries put in; torch's layers call it by this name."""
+    def test_another_linear(self, layer, monkeypatch):
+        """As libraries put in, of which some are imported earlier than this one."""
         original = torch.nn.functional.linear
         monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: 2 * original(*args))
-        assert self.count(half) == 0
+        assert forward_of(type(layer)) is None
 
-    @pytest.mark.parametrize("how", ["by columns", "rows of 6 elements", "a subclass of tensors"])
-    def test_weights_that_are_left_to_torch(self, half, how):
-        head, left = half.lm_head, 1
-        if how == "by columns":
-            head.weight = torch.nn.Parameter(head.weight.mT.contiguous().mT)
-        elif how == "a subclass of tensors":
-            head.weight = torch.nn.Parameter(head.weight.detach().as_subclass(_Tensor))
-        else:
-            narrow = [torch.nn.Linear(*shape, dtype=torch.float16) for shape in ((64, 6), (6, 97))]
-            half.lm_head, left = torch.nn.Sequential(*narrow), 0
-        assert self.count(half) == self.LAYERS - left
+    def test_other_functions(self, layer, monkeypatch):
+        functions = SimpleNamespace(linear=torch.nn.functional.linear)
+        monkeypatch.setitem(torch.nn.Linear.forward.__globals__, "F", functions)
+        assert forward_of(type(layer)) is None
 
-    def test_another_dtype_is_torchs_error(self, half):
-        with torch.no_grad(), fused_layers(half), pytest.raises(RuntimeError, match="same dtype"):
-            half.lm_head(torch.ones(1, 64))
-
-    def test_no_rows(self, half):
-        with torch.no_grad(), fused_layers(half):
-            assert half.lm_head(torch.empty(0, 64, dtype=torch.float16)).shape == (0, half.config.vocab_size)
+    @pytest.mark.parametrize("what", ["another dtype", "another width"])
+    def test_errors_are_torchs(self, layer, what):
+        x = torch.ones(1, 64) if what == "another dtype" else torch.ones(1, 72, dtype=torch.float16)
+        with torch.no_grad(), captured_layers(), pytest.raises(RuntimeError, match="mat1 and mat2|same dtype"):
+            forward_of(type(layer))(layer, x)
         assert calls() == {}
 
 

@@ -1,4 +1,4 @@
-"""kernels/linear.py against fp64, with an error not above that of torch's own product."""
+"""kernels/linear.py against fp64: one rounding of the result, after a sum in fp32."""
 
 from __future__ import annotations
 
@@ -46,7 +46,6 @@ def test_products(case, device):
     exact = reference_layers.linear(*(None if y is None else y.double() for y in (x, weight, bias)))
     scale = x.double().abs() @ weight.double().abs().mT
     epsilon = torch.finfo(x.dtype).eps
-    # one rounding of the result, and an fp32 sum
     assert ((out.double() - exact).abs() <= 0.501 * epsilon * exact.abs() + 2e-6 * scale + 1e-7).all()
 
 
@@ -59,6 +58,27 @@ def test_rows_do_not_depend_on_each_other(device):
 @pytest.mark.parametrize("shape", [(64,), (1, 64), (2, 1, 64), (1, 1, 2, 64), (0, 64)])
 def test_shapes(shape, device):
     x, weight = torch.randn(shape, device=device).half(), torch.randn(5, 64, device=device).half()
+    torch.testing.assert_close(linear(x, weight), reference_layers.linear(x, weight), rtol=2e-3, atol=2e-2)
+
+
+def test_weights_beyond_32_bits(device, tmp_path):
+    """In storage that is mostly never touched."""
+    n, stride = 130, 1 << 24
+    elements = (n - 1) * stride + 64
+    assert elements > 1 << 31
+    if device == "cuda":
+        storage = torch.empty(elements, dtype=torch.float16, device=device)
+    else:
+        storage = torch.from_file(str(tmp_path / "weight"), shared=True, size=elements, dtype=torch.float16)
+    weight = storage.as_strided((n, 64), (stride, 1))
+    weight.copy_(torch.randn(n, 64))
+    x = torch.randn(1, 64, device=device).half()
+    torch.testing.assert_close(linear(x, weight), reference_layers.linear(x, weight.clone()), rtol=2e-3, atol=2e-2)
+
+
+def test_weights_that_are_not_aligned(device):
+    weight = torch.randn(8 * 64 + 3, device=device).half()[3:].view(8, 64)
+    x = torch.randn(1, 64, device=device).half()
     torch.testing.assert_close(linear(x, weight), reference_layers.linear(x, weight), rtol=2e-3, atol=2e-2)
 
 
