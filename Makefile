@@ -27,7 +27,7 @@ lint: environment
 	$(python) -m ruff check .
 
 bench: environment
-	for bench in flash_attention paged_decode generate training attention_memory; do \
+	for bench in flash_attention paged_decode linear generate training attention_memory; do \
 		$(python) -m hf_paged_flash.eval.bench.$$bench; \
 	done
 

@@ -72,6 +72,12 @@ def bench_paged_decode(context: typer.Context) -> None:
     _hand_over(context, "hf_paged_flash.eval.bench.paged_decode")
 
 
+@bench.command("linear", context_settings=PASSED_ON)
+def bench_linear(context: typer.Context) -> None:
+    """A linear layer of one row or two, as in a decode step, against torch's."""
+    _hand_over(context, "hf_paged_flash.eval.bench.linear")
+
+
 @bench.command("generate", context_settings=PASSED_ON)
 def bench_generate(context: typer.Context) -> None:
     """generate() with random weights, or on your own model, against DynamicCache and StaticCache."""

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from hf_paged_flash import flash_attn_func
 from hf_paged_flash.errors import ArgumentError
-from hf_paged_flash.eval.bench import attention_cases, compile_ahead, flash_attention, paged_decode
+from hf_paged_flash.eval.bench import attention_cases, compile_ahead, flash_attention, linear, paged_decode
 from hf_paged_flash.eval.bench.attention_cases import Case
 from hf_paged_flash.eval.bench.correctness import (
     MAX_ERROR_RATIO,
@@ -188,6 +188,20 @@ def test_paged_decode_command(tmp_path):
     assert rows[0]["value"] * rows[1]["value"] == pytest.approx(2 * 2 * 2 * 50 * 8 * 128 / 1e3)
 
 
+def test_linear_command(tmp_path, monkeypatch):
+    options = ["--shapes", "1,64,128;2,32,256"]
+    result, summary = run(linear.app, *options, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line) for line in (tmp_path / "linear.jsonl").read_text().splitlines()]
+    assert [(row["impl"], row["metric"]) for row in rows[:2]] == [("paged_flash", "us"), ("paged_flash", "gbps")]
+    assert len(rows) == 8 and rows[0]["case"] == {"rows": 1, "n": 64, "k": 128}
+    assert rows[0]["value"] * rows[1]["value"] == pytest.approx(2 * 64 * 128 / 1e3)
+
+    monkeypatch.setattr(linear.layers, "linear", lambda x, weight: 1.01 * torch.nn.functional.linear(x, weight))
+    result, summary = run(linear.app, *options, "--out", tmp_path / "wrong")
+    assert result.exit_code == 1 and len(summary["wrong"]) == 2 and not (tmp_path / "wrong").exists()
+
+
 @pytest.mark.parametrize("module", [flash_attention, paged_decode])
 @pytest.mark.parametrize("shapes", ["1,2,3", "1,x", "0,5", "", "1,2;3"])
 def test_shapes_that_are_none_are_refused(module, shapes):
@@ -196,7 +210,7 @@ def test_shapes_that_are_none_are_refused(module, shapes):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("module", [flash_attention, paged_decode])
+@pytest.mark.parametrize("module", [flash_attention, linear, paged_decode])
 def test_missing_gpu_is_said(module):
     assert "torch finds no GPU" in str(CliRunner().invoke(module.app, []).exception)
 

@@ -27,6 +27,7 @@ def run(*arguments):
         (["coverage"], "--types"),
         (["bench", "flash-attention"], "--masks"),
         (["bench", "paged-decode"], "--block-sizes"),
+        (["bench", "linear"], "--shapes"),
         (["bench", "training"], "--hidden-size"),
         (["bench", "generate"], "--static-cases"),
         (["bench", "attention-memory"], "--heads"),
