@@ -12,7 +12,7 @@ All graphs of a model share one memory pool. They run one after another, for one
 import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from inspect import signature
 from threading import Lock
 from typing import Any
@@ -325,12 +325,13 @@ class DecodeGraphs:
 
 @contextmanager
 def _layers_of(model: PreTrainedModel, settings: CompileSettings | None) -> Iterator[None]:
-    if settings is not None:
-        with own_layers():  # what is compiled, inductor fuses
-            yield
-    else:
-        with fused_layers(model), captured_layers():
-            yield
+    with ExitStack() as layers:
+        if settings is not None:
+            layers.enter_context(own_layers())  # what is compiled, inductor fuses
+        if settings is None or not settings.tunes_products:
+            layers.enter_context(fused_layers(model))
+            layers.enter_context(captured_layers())
+        yield
 
 
 def _name_of(kind: tuple) -> str:

@@ -131,7 +131,7 @@ class _Norm(NamedTuple):
 
 
 def own_layers() -> AbstractContextManager:
-    """Within it all modules run their own code in this thread, whatever `fused_layers` there are around it."""
+    """Within it norms and rotary embeddings run their own code in this thread, whatever `fused_layers` there are."""
     return _within("own")
 
 
@@ -206,7 +206,7 @@ def _norm_forward(original: Callable, norm: _Norm) -> Callable:
         if torch.compiler.is_compiling():
             return original(self, x)
         weight = getattr(self, "weight", x)  # some Gemma 4 norms have none
-        is_known = _are_known(x, weight) and weight.shape == x.shape[-1:] and weight.is_contiguous()
+        is_known = _are_fused(x, weight) and weight.shape == x.shape[-1:] and weight.is_contiguous()
         if not is_known or len(weight) > layers.WIDEST or (norm.casting_mode == "llama" and weight.dtype != x.dtype):
             return original(self, x)
         epsilon = getattr(self, norm.epsilon)
@@ -293,7 +293,7 @@ def _contents(cell: CellType) -> Any:
 def _are_turned(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, has_half_angles: bool
 ) -> bool:
-    if not _are_known(q, k, cos, sin) or not q.dim() == k.dim() == cos.dim() + 1 == 4 or cos.shape != sin.shape:
+    if not _are_fused(q, k, cos, sin) or not q.dim() == k.dim() == cos.dim() + 1 == 4 or cos.shape != sin.shape:
         return False
     width, head_dim = cos.shape[-1] * (1 + has_half_angles), q.shape[-1]
     return (
@@ -323,8 +323,12 @@ def _are_multiplied(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     )
 
 
+def _are_fused(*tensors: torch.Tensor) -> bool:
+    return not getattr(_here, "own", False) and _are_known(*tensors)
+
+
 def _are_known(*tensors: torch.Tensor) -> bool:
-    if torch.is_grad_enabled() or getattr(_here, "own", False):
+    if torch.is_grad_enabled():
         return False
     return all(
         type(x) in (torch.Tensor, nn.Parameter) and x.dtype in layers.DTYPES and x.device == tensors[0].device
