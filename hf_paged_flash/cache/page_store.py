@@ -83,6 +83,8 @@ class PageStore:
         blocks.forget_surplus()
         if blocks.blocks_free < blocks.num_blocks // 8:
             return
+        if self.pools.room < blocks.blocks_spanned:
+            return  # a forward has stopped before a layer's pool grew
         keep = blocks.blocks_used + blocks.blocks_used // 16 + 1  # what grows again a little need not ask for it
         if not self.pools.is_worth_shrinking(keep):
             return

@@ -1,6 +1,7 @@
 """PagedCache: the cache that transformers' models and `generate()` work with."""
 
 import copy
+import operator
 from collections.abc import Hashable, Sequence
 from os import PathLike
 
@@ -172,11 +173,12 @@ class PagedCache(Cache):
                 the number of columns to keep, transformers' convention before 5.18.
 
         Raises:
-            ArgumentError: more columns than there are, or further back than layers with a sliding window have kept.
+            ArgumentError: no integer, more columns than there are, or further back than layers with a sliding window
+                have kept.
             UnsupportedFeatureError: a recurrent state, or a convolution that has kept no past.
             The cache is then as it was.
         """
-        columns, tokens_to_remove = self.columns, int(tokens_to_remove)
+        columns, tokens_to_remove = self.columns, _integer("tokens_to_remove", tokens_to_remove)
         keep = tokens_to_remove if tokens_to_remove > 0 else columns + tokens_to_remove
         if keep < 0:
             raise ArgumentError(f"`tokens_to_remove` is {tokens_to_remove}, the cache holds {columns} columns")
@@ -187,18 +189,32 @@ class PagedCache(Cache):
         self.groups.give_back()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Row i becomes what row `beam_idx[i]` was; tables move, K/V stays. Nothing while nothing is stored."""
+        """Row i becomes what row `beam_idx[i]` was; tables move, K/V stays. Nothing while nothing is stored.
+
+        Raises:
+            ArgumentError: a row that is not there, or none.
+        """
         if self.columns:
-            self._select(self._rows(beam_idx))
+            self._select(self._some_rows("beam_idx", beam_idx))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats each row `repeats` times; the copies share the row's blocks."""
+        """Repeats each row `repeats` times; the copies share the row's blocks.
+
+        Raises:
+            ArgumentError: `repeats` is no integer from 1 on.
+        """
+        if _integer("repeats", repeats) < 1:
+            raise ArgumentError(f"`repeats` must be at least 1, got {repeats}")
         self._select(np.repeat(np.arange(self.groups.batch), repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps rows `indices`, long or bool; the others' blocks are given back. Nothing while nothing is stored."""
+        """Keeps rows `indices`, long or bool; the others' blocks are given back. Nothing while nothing is stored.
+
+        Raises:
+            ArgumentError: a row that is not there, or none: `release` drops all.
+        """
         if self.columns:
-            self._select(self._rows(indices))
+            self._select(self._some_rows("indices", indices))
 
     def release(self, rows: int | Sequence[int] | torch.Tensor) -> None:
         """Drops `rows`; their blocks are free, unless others share them. The rows left move up.
@@ -286,6 +302,12 @@ class PagedCache(Cache):
         self.groups.select(rows)
         select_states(self.layers, rows)
 
+    def _some_rows(self, name: str, rows: torch.Tensor) -> np.ndarray:
+        indices = self._rows(rows)
+        if not len(indices):
+            raise ArgumentError(f"`{name}` must name a row at least: `release` drops rows, `reset()` all of them")
+        return indices
+
     def _rows(self, rows: int | Sequence[int] | torch.Tensor) -> np.ndarray:
         """`rows` as int64 indices. Waits for the device if they lie there."""
         batch = self.groups.batch
@@ -297,3 +319,13 @@ class PagedCache(Cache):
         if not is_whole or ((indices < -batch) | (indices >= batch)).any():
             raise ArgumentError(f"rows must be indices of the cache's {batch} rows, or bool ({batch},), got {rows}")
         return indices.astype(np.int64) % max(batch, 1)
+
+
+def _integer(name: str, value: object) -> int:
+    """`value` as an int, tensors of one integer too; neither a bool nor what would have to be rounded."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise ArgumentError(f"`{name}` must be an integer, got {value!r}") from None

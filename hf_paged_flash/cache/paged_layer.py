@@ -91,14 +91,6 @@ class PagedLayer(CacheLayerMixin):
         group, pool = self.group, self.group.pools.get(self.layer_idx)
         if pool is not None and self.layer_idx not in group.store.loaded:
             return pool
-        if pool is not None:
-            for kind, new, stored in (("keys", key, pool.key), ("values", value, pool.value)):
-                sizes, expected = (new.shape[1], new.shape[3]), tuple(stored.shape[2:])
-                if sizes != expected:
-                    raise ArgumentError(
-                        f"layer {self.layer_idx} of the loaded cache holds {kind} of (heads, head_dim) {expected}, "
-                        f"the model makes {sizes}: load the cache with the model that made it"
-                    )
         if pool is None or pool.key.device != key.device:
             pool = self._new_pool(pool, key, value)
         group.store.loaded.discard(self.layer_idx)
@@ -133,6 +125,7 @@ class PagedLayer(CacheLayerMixin):
         """Stores the new keys and values (B, Hkv, S, D | Dv) and returns handles on all of them, see `PagedTensor`.
 
         Raises:
+            ArgumentError: keys or values of another shape than those that are stored, or that don't belong together.
             CacheFullError: no room. Whatever is raised, what was stored before this forward is intact in every layer.
             UnsupportedFeatureError: the call is traced as one graph (`torch.compile(fullgraph=True)`, `torch.export`).
         """
@@ -143,6 +136,7 @@ class PagedLayer(CacheLayerMixin):
             )
         step = self.group.step if self.columns < self.group.columns else None  # under way in other layers
         try:
+            self._check(key_states, value_states)
             # before the step: a cap in bytes needs to know a block's
             if not self.is_initialized or self.group.pools.get(self.layer_idx) is not self.pool:
                 self.lazy_initialization(key_states, value_states)
@@ -162,6 +156,27 @@ class PagedLayer(CacheLayerMixin):
             raise
         self.had_grad |= torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
         return handles
+
+    def _check(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Kernels take for granted what is checked here."""
+        if key.dim() != 4 or not key.is_floating_point():
+            raise ArgumentError(
+                f"`key_states` must be (batch, heads, tokens, head_dim) in a floating dtype, got {_said(key)}"
+            )
+        if value.shape[:-1] != key.shape[:-1] or not value.is_floating_point() or value.device != key.device:
+            raise ArgumentError(
+                f"`value_states` must be as `key_states` but for the head_dim, {_said(key)}, got {_said(value)}"
+            )
+        pool = self.group.pools.get(self.layer_idx)
+        if pool is None:
+            return
+        for kind, new, stored in (("keys", key, pool.key), ("values", value, pool.value)):
+            sizes, expected = (new.shape[1], new.shape[3]), stored.shape[2:]
+            if sizes != expected:
+                raise ArgumentError(
+                    f"layer {self.layer_idx} of the cache holds {kind} of (heads, head_dim) {tuple(expected)}, the "
+                    f"model makes {sizes}: only the model that filled a cache can go on with it"
+                )
 
     @torch.no_grad()
     def _store(self, key_states: torch.Tensor, value_states: torch.Tensor, step: ForwardStep) -> None:
@@ -265,3 +280,7 @@ class PagedLayer(CacheLayerMixin):
         )
 
     prefetch = offload
+
+
+def _said(tensor: torch.Tensor) -> str:
+    return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_paged_flash import CacheFullError, PagedCache
+from hf_paged_flash import CacheFullError, PagedCache, PagedFlashError
 from hf_paged_flash.cache import elastic_memory, layer_pools
 from hf_paged_flash.cache.elastic_memory import ElasticMemory
 from hf_paged_flash.cache.kept_addresses import KeptAddresses
@@ -442,6 +442,27 @@ class TestShrinking:
         feed.crop(0)
         feed.update(cache, feed.columns(100))
         feed.check(cache)
+
+    @pytest.mark.parametrize("how", ["release", "select", "crop"])
+    def test_after_a_forward_that_stopped_half_way(self, driver, how):
+        """Some layers have no memory yet, in which blocks could move."""
+        states = [torch.randn(4, 2, tokens, 16) for tokens in (400, 1)]
+        cache = PagedCache(tiny_config("llama"))
+        cache.update(states[0], states[0], 0)
+        with pytest.raises(PagedFlashError, match="stopped half way"):
+            for layer in range(3):
+                cache.update(states[1], states[1], layer)
+        if how == "release":
+            cache.release([0, 1, 2])
+        elif how == "select":
+            cache.batch_select_indices(torch.tensor([3]))
+        else:
+            cache.crop(-300)
+        assert cache.memory().tokens == (4 * 101 if how == "crop" else 401)
+        cache.reset()
+        for layer in range(3):
+            keys, _ = cache.update(states[1], states[1], layer)
+            assert torch.equal(torch.clone(keys), states[1])
 
     def test_low_blocks_are_filled_first(self, driver):
         cache, feed = self.filled(driver, columns=160)

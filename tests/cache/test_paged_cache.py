@@ -302,7 +302,6 @@ class TestHalfAForward:
         whole = extend(model, PagedCache(model.config), input_ids)[:, 8:]
         torch.testing.assert_close(logits, whole, rtol=0, atol=1e-5)
 
-
     @pytest.mark.parametrize("layer", [0, 1, 2])
     @pytest.mark.parametrize("length", [12, 16, 20])
     def test_rows_that_were_about_to_part_stay_together(self, model, monkeypatch, layer, length):
@@ -446,6 +445,60 @@ class TestRowsAndColumns:
             extend(model, cache, ragged_batch([2, 2, 2], None)[0])
         assert cache.memory().tokens == 16
         assert extend(model, cache, ragged_batch([2, 2], None)[0]).shape[0] == 2
+
+    STATES = {
+        "more heads": (((2, 3, 1, 16), (2, 3, 1, 16)), r"layer 0 .* keys of .* \(2, 16\), the model makes \(3, 16\)"),
+        "a wider head": (((2, 2, 1, 24), (2, 2, 1, 16)), r"layer 0 .* keys of .* the model makes \(2, 24\)"),
+        "wider values": (((2, 2, 1, 16), (2, 2, 1, 24)), r"layer 0 .* values of .* the model makes \(2, 24\)"),
+        "fewer values": (((2, 2, 2, 16), (2, 2, 1, 16)), "`value_states` must be as `key_states`"),
+        "values of one row": (((2, 2, 1, 16), (1, 2, 1, 16)), "`value_states` must be as `key_states`"),
+        "values of one head": (((2, 2, 1, 16), (2, 1, 1, 16)), "`value_states` must be as `key_states`"),
+        "no heads": (((2, 1, 16), (2, 1, 16)), r"`key_states` must be \(batch, heads, tokens, head_dim\)"),
+    }
+
+    @pytest.mark.parametrize("wrong", STATES)
+    @pytest.mark.parametrize("layer", [0, 1])
+    def test_keys_of_another_shape_are_refused(self, model, wrong, layer):
+        """Kernels would store them over others' tokens. In the middle of a forward what came before is taken back."""
+        (key, value), match = self.STATES[wrong]
+        cache = PagedCache(model.config)
+        input_ids = ragged_batch([8, 8], None)[0]
+        extend(model, cache, input_ids[:, :6])
+        before = [torch.clone(layer.keys) for layer in cache.layers]
+        for earlier in range(layer):
+            cache.update(torch.randn(2, 2, 1, 16), torch.randn(2, 2, 1, 16), earlier)
+        with pytest.raises(ArgumentError, match=match.replace("layer 0", f"layer {layer}")):
+            cache.update(torch.randn(key), torch.randn(value), layer)
+        assert cache.get_seq_length() == 6
+        assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, before, strict=True))
+        expected = extend(model, PagedCache(model.config), input_ids)[:, 6:]
+        torch.testing.assert_close(extend(model, cache, input_ids[:, 6:]), expected, rtol=0, atol=1e-4)
+
+    def test_integers_are_refused(self, model):
+        states = torch.ones(1, 2, 1, 16, dtype=torch.long)
+        with pytest.raises(ArgumentError, match="`key_states` .* floating dtype, got .*int64"):
+            PagedCache(model.config).update(states, states, 0)
+
+    BAD = {
+        "crop(1.5)": (lambda cache: cache.crop(1.5), "`tokens_to_remove` must be an integer, got 1.5"),
+        "crop(True)": (lambda cache: cache.crop(True), "`tokens_to_remove` must be an integer, got True"),
+        "repeat 0": (lambda cache: cache.batch_repeat_interleave(0), "`repeats` must be at least 1, got 0"),
+        "repeat 1.5": (lambda cache: cache.batch_repeat_interleave(1.5), "`repeats` must be an integer, got 1.5"),
+        "select none": (lambda cache: cache.batch_select_indices(torch.tensor([False] * 2)), "`indices` must name"),
+        "reorder none": (lambda cache: cache.reorder_cache(torch.tensor([]).long()), "`beam_idx` must name"),
+    }
+
+    @pytest.mark.parametrize("bad", BAD)
+    def test_bad_arguments_leave_the_cache_as_it_was(self, model, bad):
+        call, match = self.BAD[bad]
+        cache = PagedCache(model.config)
+        extend(model, cache, ragged_batch([8, 5])[0])
+        before = cache.memory()
+        with pytest.raises(ArgumentError, match=match):
+            call(cache)
+        assert cache.memory() == before
+        cache.crop(torch.tensor(-1))
+        assert cache.get_seq_length() == 7
 
     def test_a_mask_that_rewrites_the_past_is_refused(self, model):
         input_ids, mask = ragged_batch([12, 5])
@@ -785,6 +838,7 @@ class TestConfigurations:
             extend(model, cache, ragged_batch([1], None)[0])
         assert (raised.value.blocks_needed, raised.value.blocks_free) == (1, 0)
         assert cache.get_seq_length() == 0
+        cache = PagedCache(config, max_memory=16 * ROW_BYTES - 1)
         keys = torch.zeros(1, 1, 1, 16), torch.zeros(1, 7, 1, 16)  # the first layer alone would fit
         with pytest.raises(CacheFullError, match="one block of 16 tokens takes"):
             for layer in range(3):
