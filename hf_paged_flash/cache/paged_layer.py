@@ -79,6 +79,7 @@ class PagedLayer(CacheLayerMixin):
         return self._handle(kind, None) if self._step is not None else None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self._check(key_states, value_states)
         self.pool = self._pool_for(key_states, value_states)
         # of what attention and the model see; the pool may store in another dtype
         self.dtype = min(key_states.dtype, value_states.dtype, key=attrgetter("itemsize"))

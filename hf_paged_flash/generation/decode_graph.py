@@ -126,7 +126,7 @@ class _Like:
         for layer in paged_layers(cache):
             if not layer.is_initialized and layer.layer_idx in self._layers:
                 layer.lazy_initialization(*self._layers[layer.layer_idx])
-                layer.group.layer_columns[layer.layer_idx] = 0
+                layer.group.layer_columns.setdefault(layer.layer_idx, 0)  # one that was loaded holds some
         for group, keeps in zip(cache.groups, self._keeps, strict=True):
             group.keeps_to_window = group.keeps_to_window or keeps
 

@@ -198,3 +198,20 @@ def test_another_model_shape_of_the_same_object(prompts):
 )  # fmt: skip
 def test_lengths(counts, length):
     assert length_of(np.array(counts, np.int64)) == length
+
+
+def test_a_cache_that_was_loaded(load, recorders, elastic, tmp_path):
+    """Goes on where it stood, though the model has seen other caches."""
+    pair = load("llama")
+    input_ids, mask = ragged_batch([20, 11])
+    more, more_mask = ragged_batch([3, 2], seed=5)
+    cache = PagedCache(pair.paged.config)
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    answers = pair.paged.generate(input_ids, attention_mask=mask, past_key_values=cache, **options)
+    cache.save(tmp_path / "cache")
+    mask = torch.cat([mask, mask.new_ones(2, 5), more_mask], 1)
+    turn = torch.cat([answers, more], 1)
+    expected = pair.paged.generate(turn, attention_mask=mask, past_key_values=cache, **options)
+    loaded = PagedCache.load(tmp_path / "cache", pair.paged.config)
+    assert torch.equal(pair.paged.generate(turn, attention_mask=mask, past_key_values=loaded, **options), expected)
+    assert loaded.get_seq_length() == cache.get_seq_length()
