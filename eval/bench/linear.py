@@ -7,7 +7,6 @@ Time of one call inside a CUDA graph; weights are rotated, so that L2 does not s
 the weights. Ours is checked against fp64 before it is timed; exit status 1 where it is wrong.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,8 +18,7 @@ import typer
 from rich.table import Table
 from torch.nn import functional as F
 
-from hf_paged_flash.eval.bench.paged_decode import ROTATED_BYTES
-from hf_paged_flash.eval.bench.timing import bench_device, replayed_us, shapes_of
+from hf_paged_flash.eval.bench.timing import bench_device, replayed_us, rotated_sets, shapes_of
 from hf_paged_flash.eval.report import console, final_line, launch, names_of
 from hf_paged_flash.eval.results import Recorder, device_name, results_folder, versions
 from hf_paged_flash.ops import layers
@@ -54,9 +52,8 @@ class Case:
 @torch.no_grad()
 def measure(case: Case, implementations: list[str], device: torch.device) -> tuple[dict[str, float], float | None]:
     """Microseconds of each implementation, and the relative error of ours (None if not run)."""
-    sets = max(2, math.ceil(ROTATED_BYTES / case.weight_bytes)) if device.type == "cuda" else 2
     shape, options = (case.n, case.k), {"device": device, "dtype": torch.bfloat16}
-    weights = [torch.randn(shape, **options) * case.k**-0.5 for _ in range(sets)]
+    weights = [torch.randn(shape, **options) * case.k**-0.5 for _ in range(rotated_sets(case.weight_bytes, device))]
     x = torch.randn(case.rows, case.k, **options)
     error = None
     if "paged_flash" in implementations:

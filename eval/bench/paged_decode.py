@@ -23,7 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from hf_paged_flash.eval.bench.attention_calls import SDPA_BACKENDS
 from hf_paged_flash.eval.bench.correctness import MAX_ERROR_RATIO, error_ratio
-from hf_paged_flash.eval.bench.timing import bench_device, replayed_us, shapes_of
+from hf_paged_flash.eval.bench.timing import bench_device, replayed_us, rotated_sets, shapes_of
 from hf_paged_flash.eval.report import console, final_line, launch, names_of, print_failures, reason_of
 from hf_paged_flash.eval.results import Recorder, device_name, results_folder, versions
 
@@ -32,8 +32,6 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 IMPLEMENTATIONS = ("paged_flash", "flashinfer", "sdpa_cudnn", "sdpa_fa2")
 # batch, tokens of context in each row
 SHAPES = ((1, 2048), (1, 32768), (8, 4096), (32, 2048), (64, 4096), (128, 1024), (1, 131072), (16, 32768))
-# K/V of all sets together: several times the L2 of any GPU of today.
-ROTATED_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True)
@@ -50,10 +48,6 @@ class Case:
     @property
     def kv_bytes(self) -> int:
         return 2 * 2 * self.b * self.ctx * self.hk * self.d
-
-    def sets(self, device: torch.device) -> int:
-        """How many K/V sets are rotated: at least two, and on a CPU, where no rate is meant, no more."""
-        return max(2, math.ceil(ROTATED_BYTES / self.kv_bytes)) if device.type == "cuda" else 2
 
 
 @dataclass(frozen=True)
@@ -76,7 +70,7 @@ def paged_sets(case: Case, device: torch.device) -> list[PagedSet]:
     blocks = math.ceil(case.ctx / case.block_size)
     shape = (case.b * blocks, case.block_size, case.hk, case.d)
     sets = []
-    for _ in range(case.sets(device)):
+    for _ in range(rotated_sets(case.kv_bytes, device)):
         k, v = (torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16) for _ in range(2))
         order = torch.randperm(case.b * blocks, generator=generator, device=device).to(torch.int32)
         sets.append(PagedSet(k, v, order.view(case.b, blocks)))

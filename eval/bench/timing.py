@@ -1,5 +1,6 @@
 """How benchmarks time a kernel: medians, on CUDA by events or by replaying a graph, on a CPU by the clock."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -38,6 +39,8 @@ def shapes_of(given: str | None, default: tuple[tuple[int, ...], ...]) -> tuple[
 ROUNDS, TURN_MS, MIN_RUNS, MAX_RUNS = 5, 20.0, 3, 12
 # Well above the L2 of any GPU of today, as in triton's `do_bench`.
 FLUSHED_BYTES = 256 * 2**20
+# Data of all sets together: several times the L2 of any GPU of today.
+ROTATED_BYTES = 512 * 2**20
 # What a graph is replayed for before it is timed: a GPU that has waited for the host is slow for some milliseconds.
 WARM_UP_MS = 20.0
 # The GPU waits so long (in cycles, about 4 ms) before a turn that the host, which launches, is ahead of it.
@@ -90,6 +93,11 @@ def _turn(call: Callable[[], object], context: AbstractContextManager, runs: int
 def _clocked(call: Callable[[], object], context: AbstractContextManager) -> float:
     with context:
         return _median_ms_by_clock(call)
+
+
+def rotated_sets(nbytes: int, device: torch.device) -> int:
+    """How many sets of `nbytes` to rotate: at least two, and on a CPU, where no rate is meant, no more."""
+    return max(2, math.ceil(ROTATED_BYTES / nbytes)) if device.type == "cuda" else 2
 
 
 def replayed_us(calls: list[Callable[[], object]], device: torch.device, replays: int = 20) -> float:

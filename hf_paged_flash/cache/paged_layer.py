@@ -137,10 +137,11 @@ class PagedLayer(CacheLayerMixin):
             )
         step = self.group.step if self.columns < self.group.columns else None  # under way in other layers
         try:
-            self._check(key_states, value_states)
             # before the step: a cap in bytes needs to know a block's
             if not self.is_initialized or self.group.pools.get(self.layer_idx) is not self.pool:
                 self.lazy_initialization(key_states, value_states)
+            else:
+                self._check(key_states, value_states)
         except BaseException:
             if step is not None:
                 self.groups.take_back(step)

@@ -1,4 +1,4 @@
-"""A linear layer of few rows: its weights are read once, at the speed of the memory."""
+"""A linear layer of one row or two, whose time is that of reading its weights."""
 
 import torch
 import triton
