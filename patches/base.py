@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -27,6 +28,8 @@ class Patch:
         reason: what the patch does and why no public interface serves.
         checked: versions of transformers it was run with.
         after_undo: puts back what the patched function left behind; None for nothing.
+        module: the owner's name, for a module that is patched only once something else has imported it; until then
+            `check()` and `apply()` do nothing.
     """
 
     owner: Callable[[], object]
@@ -36,9 +39,10 @@ class Patch:
     reason: str
     checked: tuple[str, ...]
     after_undo: Callable[[], None] | None = None
-    _original: Callable | None = field(default=None, init=False, repr=False)
-    _replacement: Callable | None = field(default=None, init=False, repr=False)
-    _stored: object = field(default=None, init=False, repr=False)  # the original as the owner holds it
+    module: str | None = None
+    # the original and its replacement, as the owner holds them
+    _stored: object = field(default=None, init=False, repr=False)
+    _installed: object = field(default=None, init=False, repr=False)
 
     @property
     def target(self) -> str:
@@ -48,10 +52,17 @@ class Patch:
 
     @property
     def applied(self) -> bool:
-        return self._original is not None
+        return self._installed is not None
+
+    @property
+    def waits(self) -> bool:
+        """Whether the module is yet to be imported."""
+        return self.module is not None and self.module not in sys.modules
 
     def check(self) -> None:
         """Raises IncompatibleTransformersError unless the function is there with the parameters it should have."""
+        if self.waits:
+            return
         function = getattr(self.owner(), self.name, None)
         found = tuple(inspect.signature(function).parameters) if function is not None else None
         if found != self.parameters:
@@ -64,30 +75,31 @@ class Patch:
 
     def apply(self) -> None:
         """Puts the replacement in place; nothing if it is there already."""
-        if self.applied:
+        if self.applied or self.waits:
             return
         self.check()
         owner = self.owner()
-        original = getattr(owner, self.name)
+        stored = inspect.getattr_static(owner, self.name)
+        original = stored.__func__ if isinstance(stored, classmethod) else getattr(owner, self.name)
 
         @functools.wraps(original)
         def replacement(*args, **kwargs):
             # somebody may have wrapped the replacement: once undone it only passes through
-            function = functools.partial(self.wrapper, original) if self._replacement is replacement else original
+            function = functools.partial(self.wrapper, original) if self._installed is installed else original
             return function(*args, **kwargs)
 
-        self._stored = inspect.getattr_static(owner, self.name)
-        is_static = isinstance(self._stored, staticmethod)
-        setattr(owner, self.name, staticmethod(replacement) if is_static else replacement)
-        self._original, self._replacement = original, replacement
+        kind = type(stored) if isinstance(stored, (classmethod, staticmethod)) else None
+        installed = replacement if kind is None else kind(replacement)
+        setattr(owner, self.name, installed)
+        self._stored, self._installed = stored, installed
 
     def undo(self) -> None:
         """Puts the original back; where somebody wrapped the replacement since, that stays and calls the original."""
         if not self.applied:
             return
         owner = self.owner()
-        if getattr(owner, self.name) is self._replacement:
+        if inspect.getattr_static(owner, self.name) is self._installed:
             setattr(owner, self.name, self._stored)
-        self._original = self._replacement = self._stored = None
+        self._stored = self._installed = None
         if self.after_undo is not None:
             self.after_undo()

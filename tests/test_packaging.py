@@ -74,10 +74,11 @@ print(torch.cuda.is_initialized())
 def test_import_costs_little_beside_transformers():
     # PreTrainedModel: newer transformers put off loading their model code, which is then no cost of ours
     program = """
-import time
+import sys, time
 from transformers import AutoModelForCausalLM, PreTrainedModel
+sys.dont_write_bytecode = False  # as where it is installed: the second time it is compiled
 start = time.process_time()
 import hf_paged_flash
 print(time.process_time() - start)
 """
-    assert min(float(run_python(program)) for _ in range(3)) <= 0.3
+    assert min(float(run_python(program)) for _ in range(3)) <= 0.2

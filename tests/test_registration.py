@@ -237,6 +237,30 @@ print("restored")
         result = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True)
         assert result.stdout.strip() == "restored", result.stderr[-3000:]
 
+    @pytest.mark.parametrize("when", ["before", "registered", "unregistered"])
+    def test_a_models_code_is_patched_once_it_is_imported(self, when):
+        """And not imported for it: that takes as long as importing this package."""
+        program = f"""
+import sys, transformers
+when, name = {when!r}, "transformers.models.hrm_text.modeling_hrm_text"
+def is_patched():
+    return hasattr(sys.modules[name].is_flash_attention_requested, "__wrapped__")
+if when == "before":
+    transformers.HrmTextModel
+import hf_paged_flash
+assert (name in sys.modules) is (when == "before")
+if when == "registered":
+    transformers.HrmTextModel
+assert when == "unregistered" or is_patched()
+hf_paged_flash.unregister()
+transformers.HrmTextModel
+assert not is_patched()
+hf_paged_flash.register()
+assert is_patched()
+"""
+        result = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[-3000:]
+
     def test_what_others_wrapped_since_stays(self, registered):
         ours = GenerationMixin._prefill
 
