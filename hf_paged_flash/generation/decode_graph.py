@@ -137,6 +137,7 @@ class DecodeGraphs:
     Attributes:
         addresses: by layer, those that the pools of caches have had.
         lock: held by the `generate()` that uses them.
+        thread: of who holds, or held, the lock.
         refusals: why no forward of a kind is captured any more, until the model changes; kinds are `STEP`, of a token
             or a few a row, `PROMPT`, and settings, for steps that could not be compiled so.
     """
@@ -144,7 +145,7 @@ class DecodeGraphs:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.addresses: dict[int, KeptAddresses] = defaultdict(KeptAddresses)
-        self.lock = Lock()
+        self.lock, self.thread = Lock(), 0
         self._look: Look | None = None
         self._widths: dict[tuple, tuple[int, ...]] = {}  # by kind of forward, of the last graph that was used
         self._like: _Like | None = None  # the caches of the model

@@ -314,11 +314,16 @@ class _Loop:
         is_known = self._outer is not None and self._graphs in self._outer._assistants
         reason = None if is_known else self._obstacle()
         if reason is None and not self._graphs.lock.acquire(blocking=False):
-            reason = "another generate() uses its graphs"
+            if self._graphs.thread == threading.get_ident():
+                reason = "a generate() that has not ended uses its graphs, as where a model is its own assistant"
+            else:
+                reason = "a generate() of another thread uses its graphs"
         self._is_open = reason is None
         if reason is not None:
             _tell(reason, self._config)
-        elif not is_known:
+            return
+        self._graphs.thread = threading.get_ident()
+        if not is_known:
             self._graphs.meet(self._model)
             # an assistant's loop begins anew with each draft; one that is the model itself, cut short, changes
             if self._outer is not None and self._outer._model is not self._model:

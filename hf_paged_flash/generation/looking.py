@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain, islice, repeat
 from operator import attrgetter, is_, itemgetter, methodcaller
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -88,6 +88,17 @@ class Look:
         return self._settings, modules, self.places, tuple(told for _, told in self._configs)
 
 
+class ModuleState(NamedTuple):
+    """What is compared of a module; `held` are ids of its parts and weights, `own` its other attributes."""
+
+    module: int
+    type: type
+    forward: Callable
+    training: bool
+    held: tuple
+    own: tuple
+
+
 class _ModuleLook:
     """One module: its parts by identity, plain values by what they are.
 
@@ -101,7 +112,7 @@ class _ModuleLook:
         self._module = weakref.ref(module)
         self._names = _names_of(module)
         self.state = self._read(vars(module))
-        self.parts = [part for _, part in self.state[-1] if isinstance(part, weakref.ref)]
+        self.parts = [part for _, part in self.state.own if isinstance(part, weakref.ref)]
         plain_or_part = (*_PLAIN, PreTrainedConfig)
         self.has_more = MOVED in vars(module) or not all(
             isinstance(vars(module)[name], plain_or_part) or callable(vars(module)[name]) for name in self._names
@@ -113,10 +124,10 @@ class _ModuleLook:
             return False
         return _names_of(module) == self._names and self._read(vars(module)) == self.state
 
-    def _read(self, values: dict) -> tuple:
+    def _read(self, values: dict) -> ModuleState:
         module, own = self._module(), tuple([(name, _part(values[name])) for name in self._names])
         held = tuple([(name, id(value)) for items in _HELD(values) for name, value in items.items()])
-        return id(module), type(module), type(module).forward, values.get("training"), held, own
+        return ModuleState(id(module), type(module), type(module).forward, values.get("training"), held, own)
 
 
 def _names_of(module: nn.Module) -> list[str]:

@@ -11,13 +11,13 @@ from operator import attrgetter
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
 from ..cache import PagedCache
 from ..cache.prompt_row import Media, PromptRow
 from ..errors import ArgumentError
-from .looking import Look, look_at, looking_once
+from .looking import Look, ModuleState, look_at, looking_once
 from .media import PLACES, has_contents, media_of, without_media
 from .packable import NotPacked, of_rows, why_not_these, why_padded
 from .packed_rows import packed_draft
@@ -25,6 +25,8 @@ from .packed_rows import packed_draft
 logger = logging.get_logger(__name__)
 _enabled: weakref.WeakKeyDictionary[PreTrainedModel, PagedCache] = weakref.WeakKeyDictionary()
 _seen: weakref.WeakKeyDictionary[PagedCache, Look] = weakref.WeakKeyDictionary()  # of calls that have just begun
+# attributes of PEFT's layers behind what `_root_of` reads
+_OF_ADAPTERS = frozenset({"_active_adapter", "_disable_adapters", "merged_adapters", "scaling"})
 
 
 def enable_prefix_caching(
@@ -109,7 +111,7 @@ def _begin_rows(cache: PagedCache, model: PreTrainedModel, are_same: bool) -> No
 
 
 def _are_weights_of(model: PreTrainedModel, cache: PagedCache) -> bool:
-    """Whether `cache` is of this model, and no weight or buffer was written to, replaced or moved since."""
+    """Whether `cache` is of this model, no weight or buffer was written to since, and nothing replaced or moved."""
     (told, state), look = cache.prefixes.weights, look_at(model)
     are_same = told is look.tensors or (
         len(told) == len(look.tensors) and all(x() is y() for x, y in zip(told, look.tensors, strict=True))
@@ -118,13 +120,30 @@ def _are_weights_of(model: PreTrainedModel, cache: PagedCache) -> bool:
 
 
 def _state_of(look: Look) -> tuple:
-    """That of the weights: another one once any was written to or moved."""
+    """Another one once a weight was written to, or anything changed but for what tells adapters apart."""
     weights = [weight() for weight in look.tensors]
     try:
         versions = tuple(map(attrgetter("_version"), weights))
     except RuntimeError:  # there are inference tensors, which have none
         versions = tuple(None if x.is_inference() else x._version for x in weights)
-    return look.places, versions
+    return look.of(_beside_adapters), versions
+
+
+def _beside_adapters(model: PreTrainedModel) -> tuple:
+    """The fingerprint of a look at `model`, without what `_root_of` tells and what only makes inputs of prompts."""
+    look = look_at(model)
+    settings, modules, *others = look.fingerprint
+    adapted = {id(layer()) for layer in look.of(_adapted)}
+
+    def is_left_out(state: ModuleState, name: str) -> bool:
+        if state.module == look.model_id:
+            return hasattr(GenerationMixin, name)  # PEFT puts in its own in each call
+        return state.module in adapted and name in _OF_ADAPTERS
+
+    left = [
+        state._replace(own=tuple([item for item in state.own if not is_left_out(state, item[0])])) for state in modules
+    ]
+    return settings, left, *others
 
 
 def _root_of(model: PreTrainedModel) -> Hashable:

@@ -111,7 +111,9 @@ class TestReplays:
         assert recorders.replayed == 18
 
     @pytest.mark.parametrize("helper", ["an assistant", "the model itself", "prompt lookup"])
-    def test_drafts(self, pair, recorders, elastic, helper):
+    def test_drafts(self, pair, recorders, elastic, helper, monkeypatch):
+        reasons = []
+        monkeypatch.setattr("hf_paged_flash.generation.decode_loop._say", reasons.append)
         input_ids = ragged_batch([17], None)[0].repeat(1, 2)
         options = {"prompt_lookup_num_tokens": 5}
         if helper == "an assistant":
@@ -122,6 +124,8 @@ class TestReplays:
             options = {"assistant_model": assistant}
         elif helper == "the model itself":
             options = {"assistant_model": pair.paged}
+            for name, value in {"num_assistant_tokens": 4, "assistant_confidence_threshold": 0.0}.items():
+                monkeypatch.setattr(pair.paged.generation_config, name, value)
         results = [
             model.generate(
                 input_ids, attention_mask=torch.ones_like(input_ids), do_sample=False, max_new_tokens=40,
@@ -133,6 +137,7 @@ class TestReplays:
         logits = [torch.stack(result.logits[:40]) for result in results]
         torch.testing.assert_close(*logits, **LOGIT_TOLERANCE)
         assert recorders.replayed >= 5
+        assert ["its own assistant" in reason for reason in set(reasons)] == [True] * (helper == "the model itself")
 
     def test_streamer(self, llama, recorders, elastic):
         input_ids = ragged_batch([13], None)[0]
@@ -584,9 +589,10 @@ class TestCudaGraphs:
         assert not graphs._one_at_a_time.locked()
 
 
-def test_two_threads(llama, recorders, elastic):
+def test_two_threads(llama, recorders, elastic, monkeypatch):
     """One of them has the graphs, the other runs as it is."""
-    results, barrier = {}, threading.Barrier(2)
+    results, reasons, barrier = {}, [], threading.Barrier(2)
+    monkeypatch.setattr("hf_paged_flash.generation.decode_loop._say", reasons.append)
 
     class Together(_Tokens):
         def put(self, value):
@@ -608,3 +614,4 @@ def test_two_threads(llama, recorders, elastic):
     for seed in (0, 1):
         assert results[seed] == unpadded_runs(llama.eager, (12,), seed=seed)[0].tolist()
     assert recorders.replayed == STEPS - 1
+    assert reasons == ["a generate() of another thread uses its graphs"]

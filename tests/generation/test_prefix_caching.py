@@ -12,6 +12,7 @@ from transformers import AutoConfig
 import hf_paged_flash
 from hf_paged_flash import ArgumentError, PagedCache, UnsupportedFeatureError, backend
 from hf_paged_flash.cache import elastic_memory
+from hf_paged_flash.generation.looking import stand_in
 from tests.cache.fake_driver import FakeDriver
 from tests.integration.models import attentive_config, new_tokens
 from tests.tiny_models import VOCAB_SIZE, ragged_batch, tiny_config, tiny_model
@@ -276,7 +277,7 @@ def test_a_prefill_that_fails_between_chunks_leaves_no_row(models, monkeypatch):
         return type(mlp).forward(mlp, hidden_states)
 
     with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="a layer fails"):
-        patched.setattr(mlp, "forward", fail)
+        patched.setattr(mlp, "forward", stand_in(fail))  # no change of the model, which would make all be forgotten
         new_tokens(paged, rows, None, past_key_values=cache, prefill_chunk_size=16)
     assert cache.columns == 0 and cache.memory().blocks_used == cache.memory().blocks_kept > 0
     check((eager, paged), rows, None, past_key_values=cache, prefill_chunk_size=16)
@@ -378,6 +379,48 @@ def test_changed_weights_are_noticed(models):
     for model in (eager, paged):
         model.model.rotary_emb.inv_freq.mul_(3)
     check((eager, paged), prompt, None)
+
+
+class _Twice(torch.nn.Module):
+    """A module put around another."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return 2 * self.inner(x)
+
+
+def _replaced_forward(model):
+    layer = model.model.layers[0].self_attn.v_proj
+    layer.forward = lambda x: -torch.nn.Linear.forward(layer, x)
+
+
+CHANGES = {
+    "a module around another": lambda model: setattr(
+        model.model.layers[0].self_attn, "v_proj", _Twice(model.model.layers[0].self_attn.v_proj)
+    ),
+    "a scale": lambda model: setattr(model.model.layers[0].self_attn, "scaling", 3.0),
+    "a forward": _replaced_forward,
+    "a norm's epsilon": lambda model: setattr(model.model.layers[1].input_layernorm, "variance_epsilon", 10.0),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("own", [False, True], ids=["enabled", "own cache"])
+def test_changes_beside_weights_are_noticed(models, change, own):
+    eager, paged = (copy.deepcopy(model) for model in models("llama"))
+    cache = PagedCache(paged.config, prefix_caching=True) if own else hf_paged_flash.enable_prefix_caching(paged)
+    options = {"past_key_values": cache} if own else {}
+    prompt = text(60, 1)[None]
+    before = check((eager, paged), prompt, None, **options)
+    for model in (eager, paged):
+        change(model)
+    assert not torch.equal(check((eager, paged), prompt, None, **options), before)
+    assert cache.memory().prefix_tokens_hit == 0
+    check((eager, paged), prompt, None, **options)
+    assert cache.memory().prefix_tokens_hit == 3 * BLOCK
 
 
 def test_a_cache_that_comes_back_from_a_pickle_begins_with_nothing_known(models):
