@@ -12,7 +12,8 @@ imported it, when a class is made there.
 from importlib import import_module
 from importlib.util import find_spec
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
+from transformers.models.hrm_text import configuration_hrm_text
 
 from hf_paged_flash.patches.base import Patch
 
@@ -45,16 +46,15 @@ def _class_is_made(original, cls, **kwargs):
             patch.apply()
 
 
-_PIXTRAL = "transformers.models.pixtral.modeling_pixtral"
+_HRM = "transformers.models.hrm_text.modeling_hrm_text"
+_PIXTRAL = find_spec("transformers.models.pixtral.modeling_pixtral")
+_IN_MODELS = (_where_asked(_HRM, waits=True),)
 # Newer versions of Pixtral pass the images' offsets, as other vision towers do
-_DROPS_BOUNDS = "cu_seq_lens_q" not in find_spec(_PIXTRAL).loader.get_source(_PIXTRAL)
-_IN_MODELS = (
-    _where_asked("transformers.models.hrm_text.modeling_hrm_text", waits=True),
-    *((_where_asked(_PIXTRAL, waits=True),) if _DROPS_BOUNDS else ()),
-)
+if _PIXTRAL is not None and "cu_seq_lens_q" not in _PIXTRAL.loader.get_source(_PIXTRAL.name):
+    _IN_MODELS += (_where_asked(_PIXTRAL.name, waits=True),)
 FLASH_MASKS = (
-    _where_asked("transformers.masking_utils"),
-    _where_asked("transformers.models.hrm_text.configuration_hrm_text"),  # asked before the model's code is imported
+    _where_asked(masking_utils.__name__),
+    _where_asked(configuration_hrm_text.__name__),  # asked before the model's code is imported
     *_IN_MODELS,
     Patch(
         owner=lambda: PreTrainedModel,
