@@ -40,7 +40,8 @@ class Patch:
     checked: tuple[str, ...]
     after_undo: Callable[[], None] | None = None
     module: str | None = None
-    # the original and its replacement, as the owner holds them
+    # the owner, and the original and its replacement as the owner holds them
+    _patched: object = field(default=None, init=False, repr=False)
     _stored: object = field(default=None, init=False, repr=False)
     _installed: object = field(default=None, init=False, repr=False)
 
@@ -52,7 +53,7 @@ class Patch:
 
     @property
     def applied(self) -> bool:
-        return self._installed is not None
+        return self._patched is not None
 
     @property
     def waits(self) -> bool:
@@ -75,10 +76,12 @@ class Patch:
 
     def apply(self) -> None:
         """Puts the replacement in place; nothing if it is there already."""
-        if self.applied or self.waits:
+        if self.waits:
+            return
+        owner = self.owner()
+        if owner is self._patched:  # another one is a module that was imported again
             return
         self.check()
-        owner = self.owner()
         stored = inspect.getattr_static(owner, self.name)
         original = stored.__func__ if isinstance(stored, classmethod) else getattr(owner, self.name)
 
@@ -91,15 +94,14 @@ class Patch:
         kind = type(stored) if isinstance(stored, (classmethod, staticmethod)) else None
         installed = replacement if kind is None else kind(replacement)
         setattr(owner, self.name, installed)
-        self._stored, self._installed = stored, installed
+        self._patched, self._stored, self._installed = owner, stored, installed
 
     def undo(self) -> None:
         """Puts the original back; where somebody wrapped the replacement since, that stays and calls the original."""
         if not self.applied:
             return
-        owner = self.owner()
-        if inspect.getattr_static(owner, self.name) is self._installed:
-            setattr(owner, self.name, self._stored)
-        self._stored = self._installed = None
+        if inspect.getattr_static(self._patched, self.name) is self._installed:
+            setattr(self._patched, self.name, self._stored)
+        self._patched = self._stored = self._installed = None
         if self.after_undo is not None:
             self.after_undo()

@@ -70,7 +70,9 @@ def _paged(model, config, built, generation_config, batch_size: int):
     from hf_paged_flash.generation import prefix_caching
 
     if not isinstance(built, EncoderDecoderCache):
-        return prefix_caching.enabled_cache(model) or PagedCache(config)
+        # one round of an assistant, which may be the model itself cut short, is no call of the model's
+        kept = None if generation_config.is_assistant else prefix_caching.enabled_cache(model)
+        return kept or PagedCache(config)
     if "_prepare_cache_for_generation" in _own_methods(type(model)):
         # such a model goes on to build a cross-attention cache of its own
         return EncoderDecoderCache(PagedCache(config), built.cross_attention_cache)

@@ -39,7 +39,7 @@ def _where_asked(name: str, *, waits: bool = False) -> Patch:
     )
 
 
-def _class_is_made(original, cls, **kwargs):
+def _class_is_made(original, cls, /, **kwargs):
     original(cls, **kwargs)
     for patch in _IN_MODELS:
         if patch.module == cls.__module__:

@@ -68,6 +68,7 @@ def further_training(attention: str, steps: int, batch_size: int, context: int, 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # 600 steps in all: some minutes on two busy cores
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_300_steps_in_bf16_stay_within_half_a_percent(device, tmp_path, monkeypatch):
     """At every 10th step. From random weights, at train_tiny's rate, rounding alone parts two exact runs by 1.5 %."""

@@ -15,6 +15,7 @@ from transformers import (
     DynamicCache,
     GenerationConfig,
     GenerationMixin,
+    LlamaForCausalLM,
     PreTrainedModel,
     StaticCache,
 )
@@ -241,7 +242,7 @@ print("restored")
     def test_a_models_code_is_patched_once_it_is_imported(self, when):
         """And not imported for it: that takes as long as importing this package."""
         program = f"""
-import sys, transformers
+import importlib, sys, transformers
 when, name = {when!r}, "transformers.models.hrm_text.modeling_hrm_text"
 def is_patched():
     return hasattr(sys.modules[name].is_flash_attention_requested, "__wrapped__")
@@ -257,9 +258,25 @@ transformers.HrmTextModel
 assert not is_patched()
 hf_paged_flash.register()
 assert is_patched()
+del sys.modules[name]  # as after an import that failed
+importlib.import_module(name)
+assert is_patched()
 """
         result = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True)
         assert result.returncode == 0, result.stderr[-3000:]
+
+    def test_arguments_of_model_classes_go_on(self):
+        class Tagged:
+            def __init_subclass__(cls, original=None, **kwargs):
+                super().__init_subclass__(**kwargs)
+                cls.tag = original
+
+        class Model(LlamaForCausalLM, Tagged, original="a tag"):
+            pass
+
+        assert Model.tag == "a tag" and Model.config_class is LlamaForCausalLM.config_class
+        with pytest.raises(TypeError, match="__init_subclass__"):
+            type("Other", (LlamaForCausalLM,), {}, original="a tag")
 
     def test_what_others_wrapped_since_stays(self, registered):
         ours = GenerationMixin._prefill

@@ -7,11 +7,12 @@ from then on their full blocks are known. At the end of a call so are those of w
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from operator import attrgetter
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
 from ..cache import PagedCache
@@ -121,7 +122,7 @@ def _are_weights_of(model: PreTrainedModel, cache: PagedCache) -> bool:
 
 def _state_of(look: Look) -> tuple:
     """Another one once a weight was written to, or anything changed but for what tells adapters apart."""
-    weights = [weight() for weight in look.tensors]
+    weights = [weight() for weight in chain(look.tensors, look.of(_other_tensors))]
     try:
         versions = tuple(map(attrgetter("_version"), weights))
     except RuntimeError:  # there are inference tensors, which have none
@@ -129,21 +130,42 @@ def _state_of(look: Look) -> tuple:
     return look.of(_beside_adapters), versions
 
 
+def _other_tensors(model: PreTrainedModel) -> list[weakref.ref]:
+    """Tensors that modules hold as plain attributes."""
+    kept = [module for module in model.modules() if not _computes_weights(module)]
+    return [weakref.ref(x) for module in kept for x in vars(module).values() if isinstance(x, torch.Tensor)]
+
+
+def _computes_weights(module: torch.nn.Module) -> bool:
+    """Whether it does so in each forward, from others: torch's pruning, weight norm and spectral norm."""
+    return any(_library_of(hook) == "torch" for hook in module._forward_pre_hooks.values())
+
+
+def _library_of(function: object) -> str:
+    """Where it was written; what `functools.wraps` has copied says where another was."""
+    function = getattr(function, "__func__", function)
+    name = getattr(function, "__globals__", {}).get("__name__") or type(function).__module__
+    return name.partition(".")[0]
+
+
 def _beside_adapters(model: PreTrainedModel) -> tuple:
-    """The fingerprint of a look at `model`, without what `_root_of` tells and what only makes inputs of prompts."""
+    """The fingerprint of a look at `model`, without what `_root_of` tells and what is new in each call."""
     look = look_at(model)
-    settings, modules, *others = look.fingerprint
+    settings, states, *others = look.fingerprint
     adapted = {id(layer()) for layer in look.of(_adapted)}
+    computing = {id(module): vars(module) for module in model.modules() if _computes_weights(module)}
 
-    def is_left_out(state: ModuleState, name: str) -> bool:
-        if state.module == look.model_id:
-            return hasattr(GenerationMixin, name)  # PEFT puts in its own in each call
-        return state.module in adapted and name in _OF_ADAPTERS
+    def is_left_out(state: ModuleState, name: str, part: object) -> bool:
+        if state.module == look.model_id and name != "forward":  # PEFT puts in its own in each call
+            return isinstance(part, weakref.ref) and _library_of(part()) in ("peft", "transformers")
+        if state.module in adapted and name in _OF_ADAPTERS:
+            return True
+        return state.module in computing and isinstance(computing[state.module].get(name), torch.Tensor)
 
-    left = [
-        state._replace(own=tuple([item for item in state.own if not is_left_out(state, item[0])])) for state in modules
+    states = [
+        state._replace(own=tuple([item for item in state.own if not is_left_out(state, *item)])) for state in states
     ]
-    return settings, left, *others
+    return settings, states, tuple(model._forward_pre_hooks), *others
 
 
 def _root_of(model: PreTrainedModel) -> Hashable:

@@ -7,6 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from torch.nn.utils import prune
 from transformers import AutoConfig
 
 import hf_paged_flash
@@ -397,12 +398,33 @@ def _replaced_forward(model):
     layer.forward = lambda x: -torch.nn.Linear.forward(layer, x)
 
 
+def _with_gain(attention):
+    project = attention.v_proj
+    return lambda x: attention.gain * torch.nn.Linear.forward(project, x)
+
+
+def _other_inputs(model):
+    prepare = model.prepare_inputs_for_generation
+
+    @functools.wraps(prepare)
+    def other(*args, **given):
+        inputs = prepare(*args, **given)
+        return inputs | {"input_ids": (inputs["input_ids"] + 1) % 97}
+
+    model.prepare_inputs_for_generation = other
+
+
 CHANGES = {
     "a module around another": lambda model: setattr(
         model.model.layers[0].self_attn, "v_proj", _Twice(model.model.layers[0].self_attn.v_proj)
     ),
     "a scale": lambda model: setattr(model.model.layers[0].self_attn, "scaling", 3.0),
     "a forward": _replaced_forward,
+    "a tensor": lambda model: model.model.layers[0].self_attn.gain.mul_(-3),
+    "a hook of the whole": lambda model: model.register_forward_pre_hook(
+        lambda _, args, given: (args, given | {"input_ids": (given["input_ids"] + 1) % 97}), with_kwargs=True
+    ),
+    "inputs": _other_inputs,
     "a norm's epsilon": lambda model: setattr(model.model.layers[1].input_layernorm, "variance_epsilon", 10.0),
 }
 
@@ -411,6 +433,9 @@ CHANGES = {
 @pytest.mark.parametrize("own", [False, True], ids=["enabled", "own cache"])
 def test_changes_beside_weights_are_noticed(models, change, own):
     eager, paged = (copy.deepcopy(model) for model in models("llama"))
+    for model in (eager, paged):
+        attention = model.model.layers[0].self_attn
+        attention.gain, attention.v_proj.forward = torch.tensor(1.0), _with_gain(attention)
     cache = PagedCache(paged.config, prefix_caching=True) if own else hf_paged_flash.enable_prefix_caching(paged)
     options = {"past_key_values": cache} if own else {}
     prompt = text(60, 1)[None]
@@ -421,6 +446,26 @@ def test_changes_beside_weights_are_noticed(models, change, own):
     assert cache.memory().prefix_tokens_hit == 0
     check((eager, paged), prompt, None, **options)
     assert cache.memory().prefix_tokens_hit == 3 * BLOCK
+
+
+def _pruned(model):
+    prune.l1_unstructured(model.model.layers[0].self_attn.v_proj, "weight", 0.3)
+
+
+@pytest.mark.parametrize(
+    ("change", "options"),
+    [(_pruned, {}), (_other_inputs, {}), (lambda model: None, {"assistant_early_exit": 1})],
+    ids=["a weight that is computed in each forward", "inputs", "fewer layers for a while"],
+)
+def test_nothing_is_forgotten_without_a_change(models, change, options):
+    eager, paged = (copy.deepcopy(model) for model in models("llama"))
+    for model in (eager, paged):
+        change(model)
+    cache = hf_paged_flash.enable_prefix_caching(paged)
+    for calls in range(3):
+        check((eager, paged), text(60, 1)[None], None, **options)
+        assert cache.memory().prefix_tokens_hit == 2 * calls * 3 * BLOCK
+        check((eager, paged), text(60, 1)[None], None)
 
 
 def test_a_cache_that_comes_back_from_a_pickle_begins_with_nothing_known(models):
@@ -514,18 +559,19 @@ def test_what_a_model_adds_to_its_inputs(models, monkeypatch):
     pair = eager, paged = models("llama")
     cache = PagedCache(paged.config, prefix_caching=True)
     rows, mask = batch(torch.cat([text(50, 1), text(9, 2)]), torch.cat([text(50, 1), text(4, 3)]))
-    check(pair, rows, mask, past_key_values=cache)
-    shared = cache.memory().prefix_tokens_hit
-    prepare = paged.prepare_inputs_for_generation
+    prepare, added = paged.prepare_inputs_for_generation, {}
 
     @functools.wraps(prepare)
     def prepare_more(*args, **given):
-        return prepare(*args, **given) | {"of_rows": torch.ones(2)}
+        return prepare(*args, **given) | added
 
     monkeypatch.setattr(paged, "prepare_inputs_for_generation", prepare_more)
     check(pair, rows, mask, past_key_values=cache)
+    shared = cache.memory().prefix_tokens_hit
+    added["of_rows"] = torch.ones(2)
+    check(pair, rows, mask, past_key_values=cache)
     assert cache.memory().prefix_tokens_hit == shared
-    monkeypatch.undo()
+    added.clear()
     check(pair, rows, mask, past_key_values=cache)
     assert cache.memory().prefix_tokens_hit == shared + 2 * 3 * BLOCK
 
