@@ -90,20 +90,23 @@ class TestPrefixCaching:
         eager, paged = pair
         options = {} if prefix_caching._enabled.get(paged) is cache else {"past_key_values": cache}
 
+        forwards = []
+
+        def note(model, args, given):
+            forwards.append(given)
+
         def run(image: int, question: int, padding: int = 0, **more) -> tuple[int, bool]:
             inputs = self.prompt(model_type, image, question, padding)
-            forwards = []
-            hook = paged.register_forward_pre_hook(lambda _, args, given: forwards.append(given), with_kwargs=True)
-            try:
-                ours = generate(paged, inputs, **options, **more)
-            finally:
-                hook.remove()
+            forwards.clear()
+            ours = generate(paged, inputs, **options, **more)
             assert torch.equal(ours, generate(eager, inputs, **more))
             # transformers 5.24 encodes an image before the first forward
             has_image = forwards[0].get("pixel_values") is not None or bool(forwards[0].get("mm_encoder_outputs"))
             return forwards[0]["input_ids"].numel(), has_image
 
-        return run
+        hook = paged.register_forward_pre_hook(note, with_kwargs=True)  # a new one would have the prefixes forgotten
+        yield run
+        hook.remove()
 
     def prompt(self, model_type: str, image: int, question: int, padding: int) -> dict[str, torch.Tensor]:
         inputs = prompts(model_type, image)
