@@ -59,7 +59,7 @@ def further_training(attention: str, steps: int, batch_size: int, context: int, 
     model = AutoModelForCausalLM.from_pretrained(model_path(), dtype=torch.float32, attn_implementation=attention)
     arguments = TrainingArguments(
         output_dir=output, max_steps=steps, per_device_train_batch_size=batch_size, learning_rate=3e-4,
-        lr_scheduler_type="cosine", warmup_steps=15, bf16=bf16, use_cpu=not torch.cuda.is_available(),
+        lr_scheduler_type="cosine", warmup_steps=steps // 20, bf16=bf16, use_cpu=not torch.cuda.is_available(),
         logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
     )  # fmt: skip
     trainer = Trainer(model, arguments, train_dataset=windows)
@@ -67,31 +67,41 @@ def further_training(attention: str, steps: int, batch_size: int, context: int, 
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+def further_training_of_both(steps: int, batch_size: int, context: int, bf16: bool, output) -> tuple[list, list]:
+    """Under paged_flash and under sdpa; asserted to be of the kernels on a GPU, of the reference on a CPU."""
+    hf_paged_flash.reset_counters()
+    given = steps, batch_size, context, bf16, output
+    ours, theirs = (further_training(x, *given) for x in ("paged_flash", "sdpa"))
+    counted = hf_paged_flash.counters()
+    runs = counted.kernel if torch.cuda.is_available() else counted.reference
+    assert runs["flash_backward"] == steps * 6
+    assert len(ours) == steps
+    return ours, theirs
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # of steps in bf16 a CPU without instructions for it takes seconds
-@pytest.mark.parametrize(
-    ("device", "bf16", "steps"),
-    [
-        ("cpu", False, 300),
-        ("cpu", True, 10),
-        pytest.param("cuda", True, 300, marks=pytest.mark.gpu),
-    ],
-)
-def test_further_training_stays_within_half_a_percent(device, bf16, steps, tmp_path, monkeypatch):
-    """At every 10th step. From random weights, at train_tiny's rate, rounding alone parts two exact runs by 1.5 %."""
+@pytest.mark.timeout(900)  # 600 steps in all: some minutes on two busy cores
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_300_steps_stay_within_half_a_percent(device, tmp_path, monkeypatch):
+    """At every 10th step, in bf16 on a GPU and in fp32 on a CPU.
+
+    From random weights, at train_tiny's rate, rounding alone parts two exact runs by 1.5 %.
+    """
     if device == "cpu":
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     batch_size, context = (2, 128) if device == "cpu" else (8, 1024)
-    hf_paged_flash.reset_counters()
-    given = steps, batch_size, context, bf16, tmp_path
-    ours, theirs = (further_training(x, *given) for x in ("paged_flash", "sdpa"))
-    counted = hf_paged_flash.counters()
-    runs = counted.kernel if device == "cuda" else counted.reference
-    assert runs["flash_backward"] == steps * 6
-    assert len(ours) == steps
+    ours, theirs = further_training_of_both(300, batch_size, context, device == "cuda", tmp_path)
     print("step, paged_flash, sdpa, difference in %:")
     for step, (a, b) in list(enumerate(zip(ours, theirs, strict=True), 1))[9::10]:
         print(step, f"{a:.4f} {b:.4f} {100 * (a / b - 1):+.3f}")
     assert ours[9::10] == pytest.approx(theirs[9::10], rel=5e-3)
     # training goes somewhere: a model that stood still would agree, too
-    assert steps < 100 or sum(ours[-50:]) < 0.99 * sum(ours[:50])
+    assert sum(ours[-50:]) < 0.99 * sum(ours[:50])
+
+
+@pytest.mark.slow
+def test_steps_in_bf16_on_a_cpu(tmp_path, monkeypatch):
+    """Each within half a percent. Few: without instructions for bf16 a step takes seconds."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    ours, theirs = further_training_of_both(10, 2, 128, True, tmp_path)
+    assert ours == pytest.approx(theirs, rel=5e-3)

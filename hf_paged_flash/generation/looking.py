@@ -110,7 +110,7 @@ class _ModuleLook:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = weakref.ref(module)
-        self._names = _names_of(module)
+        self._names = names_of(module)
         self.state = self._read(vars(module))
         self.parts = [part for _, part in self.state.own if isinstance(part, weakref.ref)]
         plain_or_part = (*_PLAIN, PreTrainedConfig)
@@ -122,7 +122,7 @@ class _ModuleLook:
         module = self._module()
         if module is None:
             return False
-        return _names_of(module) == self._names and self._read(vars(module)) == self.state
+        return names_of(module) == self._names and self._read(vars(module)) == self.state
 
     def _read(self, values: dict) -> ModuleState:
         module, own = self._module(), tuple([(name, _part(values[name])) for name in self._names])
@@ -130,7 +130,8 @@ class _ModuleLook:
         return ModuleState(id(module), type(module), type(module).forward, values.get("training"), held, own)
 
 
-def _names_of(module: nn.Module) -> list[str]:
+def names_of(module: nn.Module) -> list[str]:
+    """Attributes of `module` that a look compares, beside what all modules have."""
     names = [name for name in vars(module) if name not in _NOT_LOOKED_AT]
     return [name for name in names if name != "forward"] if runs_its_class(module) else names
 

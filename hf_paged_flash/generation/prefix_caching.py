@@ -18,8 +18,8 @@ from transformers.utils import ModelOutput, logging
 from ..cache import PagedCache
 from ..cache.prompt_row import Media, PromptRow
 from ..errors import ArgumentError
-from .looking import Look, ModuleState, look_at, looking_once
-from .media import MOVED, PLACES, has_contents, media_of, without_media
+from .looking import Look, ModuleState, look_at, looking_once, names_of
+from .media import PLACES, has_contents, media_of, without_media
 from .packable import NotPacked, of_rows, why_not_these, why_padded
 from .packed_rows import packed_draft
 
@@ -131,10 +131,10 @@ def _state_of(look: Look) -> tuple:
 
 
 def _other_tensors(model: PreTrainedModel) -> list[weakref.ref]:
-    """Tensors that modules hold as plain attributes, and do not make anew in each call."""
-    attributes = [vars(module).items() for module in model.modules() if not _computes_weights(module)]
-    named = [item for items in attributes for item in items if item[0] != MOVED]
-    return [weakref.ref(value) for _, value in named if isinstance(value, torch.Tensor)]
+    """Tensors that modules hold as plain attributes."""
+    kept = [module for module in model.modules() if not _computes_weights(module)]
+    values = [vars(module)[name] for module in kept for name in names_of(module)]
+    return [weakref.ref(value) for value in values if isinstance(value, torch.Tensor)]
 
 
 def _computes_weights(module: torch.nn.Module) -> bool:
