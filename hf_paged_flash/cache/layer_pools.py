@@ -40,6 +40,7 @@ class LayerPools:
         self._bytes_cap: int | None = None  # `max_memory` in blocks
         self.is_elastic = False
         self.addresses: dict[int, KeptAddresses] | None = None
+        self._nans: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
 
     @property
     def block_bytes(self) -> int:
@@ -128,6 +129,13 @@ class LayerPools:
     def addresses_in_use(self) -> tuple[int, ...]:
         """Where each pool lies."""
         return tuple(pool.address for pool in self._pools.values())
+
+    def nan(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """NaN (1, 1, 1, 1), of which the handles on keys and values are views, in all layers and all forks."""
+        if (dtype, device) not in self._nans:
+            with torch.inference_mode(False):
+                self._nans[dtype, device] = torch.full((1, 1, 1, 1), float("nan"), dtype=dtype, device=device)
+        return self._nans[dtype, device]
 
     def clear(self) -> None:
         self._pools.clear()

@@ -84,7 +84,7 @@ class PagedLayer(CacheLayerMixin):
         # of what attention and the model see; the pool may store in another dtype
         self.dtype = min(key_states.dtype, value_states.dtype, key=attrgetter("itemsize"))
         self.device = key_states.device
-        self._nan = torch.full((1, 1, 1, 1), float("nan"), dtype=self.dtype, device=self.device)
+        self._nan = self.group.pools.nan(self.dtype, self.device)
         self.is_initialized = True
 
     def _pool_for(self, key: torch.Tensor, value: torch.Tensor) -> BlockPool:

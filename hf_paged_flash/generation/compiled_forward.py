@@ -60,13 +60,6 @@ class CompileSettings:
         mode = None if options else _WITHOUT_GRAPHS.get(config.mode, config.mode)
         return CompileSettings(config.backend, mode, config.dynamic, tuple(options.items()))
 
-    @property
-    def tunes_products(self) -> bool:
-        """Whether the compiler times kernels of its own for matrix products, rather than to take torch's."""
-        options = dict(self.options)
-        tunes = options.get("max_autotune") or options.get("max_autotune_gemm")
-        return bool(tunes) or (self.mode or "").startswith("max-autotune")
-
     def compile(self, module: GraphModule) -> Callable:
         return torch.compile(
             module, fullgraph=True, dynamic=self.dynamic, backend=self.backend, mode=self.mode,

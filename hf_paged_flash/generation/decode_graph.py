@@ -329,9 +329,8 @@ def _layers_of(model: PreTrainedModel, settings: CompileSettings | None) -> Iter
     with ExitStack() as layers:
         if settings is not None:
             layers.enter_context(own_layers())  # what is compiled, inductor fuses
-        if settings is None or not settings.tunes_products:
-            layers.enter_context(fused_layers(model))
-            layers.enter_context(captured_layers())
+        layers.enter_context(fused_layers(model))
+        layers.enter_context(captured_layers())
         yield
 
 

@@ -26,7 +26,7 @@ Told = TypeVar("Told")
 _OF_MODULES = tuple(vars(nn.Module()))
 _NOT_LOOKED_AT = {*_OF_MODULES, MOVED, "_output_capturing_hooks_installed"}
 _DICTS = ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
-_HELD, _HOOKS = itemgetter(*_DICTS[:3]), itemgetter(*_DICTS[3:])
+_DICTS_OF, _HELD = itemgetter(*_DICTS), itemgetter(*_DICTS[:3])
 _TRAINING = methodcaller("get", "training")
 _MOST_ITEMS = 256  # layers have fewer, labels have more
 _PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
@@ -184,11 +184,12 @@ def _not_own(module: nn.Module) -> int:
 def _identities(modules: list[nn.Module], skipped: list[int]) -> tuple:
     """What modules are made of, by identity and by name. As long as a `_ModuleLook` keeps their plain values."""
     values = list(map(vars, modules))
-    own = map(islice, map(dict.values, values), skipped, repeat(None))
-    held = list(chain.from_iterable(map(_HELD, values)))
-    dicts = chain(held, chain.from_iterable(map(_HOOKS, values)))
-    ids = list(map(id, chain(chain.from_iterable(own), chain.from_iterable(map(dict.values, dicts)))))
-    return list(map(type, modules)), list(map(tuple, chain(values, held))), list(map(_TRAINING, values)), ids
+    dicts = list(chain.from_iterable(map(_DICTS_OF, values)))
+    filled = list(filter(None, dicts))
+    own = [chain.from_iterable(map(islice, of, skipped, repeat(None))) for of in (values, map(dict.values, values))]
+    names = list(chain(own[0], chain.from_iterable(filled)))
+    ids = list(map(id, chain(own[1], chain.from_iterable(map(dict.values, filled)))))
+    return list(map(type, modules)), list(map(len, chain(values, dicts))), names, list(map(_TRAINING, values)), ids
 
 
 def places_of(tensors: list[torch.Tensor]) -> tuple:
