@@ -167,6 +167,25 @@ def paged_decode(folder: Path) -> str:
     return f"{table}\n\nSDPA reads dense K/V, FlashInfer blocks as ours. {source(rows)}"
 
 
+def linear(folder: Path) -> str:
+    """Microseconds of linear layers of one row and of two, and GB/s of their weights."""
+    rows = newest_runs(folder / "linear.jsonl")
+    table = []
+    for (count, n, k), values in values_by(rows, lambda case: (case["rows"], case["n"], case["k"])).items():
+        ours, theirs = (values.get((impl, "us")) for impl in ("paged_flash", "torch"))
+        table.append([
+            f"{count} × {k:,} by {n:,}",
+            *(
+                cell(values, impl, metric, form)
+                for impl in ("paged_flash", "torch")
+                for metric, form in (("us", ".1f"), ("gbps", ",.0f"))
+            ),
+            f"{ours / theirs:.2f}" if ours and theirs else "–",
+        ])  # fmt: skip
+    heading = ["rows × K by N, bf16", "paged_flash, µs", "GB/s of weights", "torch, µs", "GB/s of weights", "× torch"]
+    return f"{markdown(heading, table)}\n\n{source(rows)}"
+
+
 def perplexity(folder: Path) -> str:
     """Perplexity three ways, by dtype and machine."""
     rows = newest_runs(folder / "perplexity.jsonl", lambda row: (row["gpu"], row["case"]["dtype"]))

@@ -17,6 +17,7 @@ from hf_paged_flash.eval.table_kinds import (
     coverage,
     flash_attention,
     flash_attention_backward,
+    linear,
     memory,
     memory_measured,
     packed_rows,
@@ -32,8 +33,8 @@ _MARK = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end of table -->", re.DOTALL
 TABLES = {
     made.__name__: made
     for made in (
-        flash_attention, flash_attention_backward, packed_rows, paged_decode, generate, first_token, training,
-        attention_memory, memory, memory_measured, perplexity, coverage,
+        flash_attention, flash_attention_backward, packed_rows, paged_decode, generate, linear, first_token,
+        training, attention_memory, memory, memory_measured, perplexity, coverage,
     )
 }  # fmt: skip
 

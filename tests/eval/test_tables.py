@@ -148,6 +148,33 @@ def test_generate(tmp_path):
     assert tables.table_of("first_token", tmp_path) == "Not measured yet."
 
 
+def test_cases_measured_again_keep_their_places(tmp_path):
+    values = {"decode_ms": 6.0, "prefill_ms": 30.0, "tok_s": 100.0}
+    write(
+        tmp_path / "generate.jsonl",
+        *generated("all", "paged_flash", **values),
+        *generated("all", "paged_flash", case={"b": 32}, **values),
+        *generated("again", "paged_flash", **values | {"decode_ms": 4.0}),
+    )
+    text = tables.table_of("generate", tmp_path)
+    assert text.index("| llama-8b, B1, prompt 512 | paged_flash | 30 | 4.00 |") < text.index("| llama-8b, B32")
+    assert "6.00" not in text[: text.index("| llama-8b, B32")]
+
+
+def test_linear(tmp_path):
+    case = {"rows": 2, "n": 1024, "k": 4096}
+    values = {"paged_flash": {"us": 5.0, "gbps": 1678.0}, "torch": {"us": 8.0, "gbps": 1049.0}}
+    write(
+        tmp_path / "linear.jsonl",
+        *(
+            {"run": "a", "case": case, "impl": impl, "metric": metric, "value": value}
+            for impl, measured in values.items()
+            for metric, value in measured.items()
+        ),
+    )
+    assert "| 2 × 4,096 by 1,024 | 5.0 | 1,678 | 8.0 | 1,049 | 0.62 |" in tables.table_of("linear", tmp_path)
+
+
 def test_first_token(tmp_path):
     cold = {"ttft_cold_ms": 9000.0, "ttft_process_ms": 900.0, "ttft_ms": 30.0}
     prefix = [{"prompt": 2050, "new": 1, "prefix": tokens} for tokens in (0, 2000)]
