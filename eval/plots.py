@@ -29,6 +29,7 @@ STYLES = {
 }
 CACHES = {"dynamic": "#56B4E9", "static": "#CC79A7", "paged": "#D55E00"}
 GENERATORS = {"paged_flash": "#D55E00", "dynamic_sdpa": "#56B4E9", "static_compile": "#CC79A7"}
+MARKERS = {None: "o", "default": "D", "max-autotune-no-cudagraphs": "X"}  # by mode of torch.compile
 PASSES = {"fwd": "forward", "bwd": "backward"}
 HEAD_DIMS = (128, 64)
 
@@ -124,7 +125,7 @@ def draw_generate(rows: list[dict], path: Path) -> None:
         for variant, values in variants.items():
             if "decode_ms" not in values:
                 continue
-            style = {"color": GENERATORS[variant[0]], "marker": "o" if variant[1] is None else "D", "linestyle": ""}
+            style = {"color": GENERATORS[variant[0]], "marker": MARKERS.get(variant[1], "s"), "linestyle": ""}
             (drawn[variant_name(variant)],) = axis.plot(values["decode_ms"], place, **style)
             if "read_ms" in values:
                 drawn["floor"] = axis.vlines(values["read_ms"], place - 0.4, place + 0.4, color="black", linewidth=1.2)
@@ -134,7 +135,7 @@ def draw_generate(rows: list[dict], path: Path) -> None:
     axis.xaxis.set_major_formatter("{x:g}")
     axis.grid(alpha=0.3)
     axis.set_xlabel("ms a decode step, " + ", ".join(dict.fromkeys(row["gpu"] for row in rows)))
-    figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=4)
+    figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=3)
     _save(figure, rows, path)
 
 
