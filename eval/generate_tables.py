@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from hf_paged_flash.eval.table_parts import IMPLEMENTATIONS, NoRows, all_rows, markdown, newest_runs, source
+from hf_paged_flash.eval.table_parts import IMPLEMENTATIONS, NoRows, markdown, newest_runs, source
 
 FIRST_TOKEN = ("ttft_cold_ms", "ttft_process_ms", "ttft_ms")
 
@@ -16,19 +16,12 @@ def _without_mode(case: dict) -> str:
 
 
 def generate_rows(folder: Path, wanted: Callable[[dict], bool]) -> list[dict]:
-    """The rows with a model that are `wanted`: for each case, in any mode of torch.compile, those of its last run.
-
-    Cases come in the order in which they were measured first, whichever of them was measured again.
-    """
-    path = folder / "generate.jsonl"
-    places: dict[str, int] = {}
-    for row in all_rows(path):
-        places.setdefault(_without_mode(row["case"]), len(places))
-    rows = newest_runs(path, lambda row: _without_mode(row["case"]))
+    """The rows with a model that are `wanted`: for each case, in any mode of torch.compile, those of its last run."""
+    rows = newest_runs(folder / "generate.jsonl", lambda row: _without_mode(row["case"]))
     chosen = [row for row in rows if "model" in row["case"] and wanted(row)]
     if not chosen:
         raise NoRows("generate")
-    return sorted(chosen, key=lambda row: places[_without_mode(row["case"])])
+    return chosen
 
 
 def batch_rows(folder: Path) -> list[dict]:

@@ -37,10 +37,14 @@ def all_rows(path: Path) -> list[dict]:
 
 
 def newest_runs(path: Path, key: Callable[[dict], object] = lambda row: None) -> list[dict]:
-    """For each value of `key`, the rows of the last run that has it; by default those of the file's last run."""
+    """For each value of `key`, the rows of the last run that has it; by default those of the file's last run.
+
+    Values come in the order in which they were measured first, whichever of them was measured again.
+    """
     rows = all_rows(path)
     last = {key(row): row["run"] for row in rows}
-    return [row for row in rows if row["run"] == last[key(row)]]
+    places = {value: place for place, value in enumerate(last)}
+    return sorted((row for row in rows if row["run"] == last[key(row)]), key=lambda row: places[key(row)])
 
 
 def markdown(heading: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

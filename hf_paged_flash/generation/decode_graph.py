@@ -12,7 +12,7 @@ All graphs of a model share one memory pool. They run one after another, for one
 import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from inspect import signature
 from threading import Lock
 from typing import Any
@@ -326,11 +326,8 @@ class DecodeGraphs:
 
 @contextmanager
 def _layers_of(model: PreTrainedModel, settings: CompileSettings | None) -> Iterator[None]:
-    with ExitStack() as layers:
-        if settings is not None:
-            layers.enter_context(own_layers())  # what is compiled, inductor fuses
-        layers.enter_context(fused_layers(model))
-        layers.enter_context(captured_layers())
+    own = nullcontext() if settings is None else own_layers()  # of what is compiled, inductor fuses these
+    with own, fused_layers(model), captured_layers():
         yield
 
 
