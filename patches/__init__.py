@@ -13,6 +13,7 @@ from hf_paged_flash.patches.flash_functions import FLASH_FUNCTIONS
 from hf_paged_flash.patches.flash_implementations import FLASH_IMPLEMENTATIONS
 from hf_paged_flash.patches.flash_masks import FLASH_MASKS
 from hf_paged_flash.patches.generate_batch import GENERATE_BATCH
+from hf_paged_flash.patches.generation_parameters import GENERATION_PARAMETERS, IS_NEEDED
 from hf_paged_flash.patches.mask_functions import MASK_FUNCTIONS
 from hf_paged_flash.patches.mask_readers import MASK_READERS
 from hf_paged_flash.patches.packed_prefill import PACKED_PREFILL
@@ -36,6 +37,7 @@ ALL_PATCHES: tuple[Patch, ...] = (
     COMPILE_CRITERIA,
     DEFERRED_STOPS,
     GENERATE_BATCH,
+    *((GENERATION_PARAMETERS,) if IS_NEEDED else ()),
     *MASK_FUNCTIONS,
     *FLASH_MASKS,
 )

@@ -15,6 +15,7 @@ from hf_paged_flash.patches.base import Patch, cache_name
 
 def _prefill(original, self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
     from hf_paged_flash.cache import PagedCache
+    from hf_paged_flash.generation.decode_loop import fuse_layers
     from hf_paged_flash.generation.packed_prefill import packed_prefill
 
     cache = model_kwargs.get(cache_name(model_kwargs))
@@ -35,6 +36,7 @@ def _prefill(original, self, input_ids, generation_config, model_kwargs, is_firs
             "right-padded prompts of this model can't be prefilled in chunks (`prefill_chunk_size`), a row may end in "
             'any of them: pad on the left (`tokenizer.padding_side = "left"`)'
         )
+    fuse_layers(self, cache)
     return original(self, input_ids, generation_config, model_kwargs, is_first_iteration)
 
 

@@ -22,7 +22,7 @@ class _Before:
 
     change: Append | None
     mask: torch.Tensor | None
-    cache_seqlens: torch.Tensor | None
+    cache_seqlens: torch.Tensor | None  # as `_cache_seqlens`
     exact: bool
 
 
@@ -70,7 +70,9 @@ class PageGroup(StoredRows):
             # the forward's own tokens reach attention without the cache
             if not self.holds_tokens:
                 self._first = first_in_reach(new.counts, self.window, self.block_size)
-        self._before = _Before(None, self._mask, self._cache_seqlens, self._exact)
+        counts_on_device = new.real is None and new.cache_seqlens is not None
+        before = self.cache_seqlens if counts_on_device else self._cache_seqlens
+        self._before = _Before(None, self._mask, before, self._exact)
 
     def blocks_short(self, counts: np.ndarray) -> int:
         """Blocks that `plan` must add to those that exist for `counts[b]` more tokens in each row."""
@@ -131,7 +133,7 @@ class PageGroup(StoredRows):
     ) -> None:
         """Makes the step that `plan` prepared, up to column `end`: tables and slots on the device."""
         change, start = self._before.change, self.columns
-        self._cache_seqlens = new.cache_seqlens
+        self._cache_seqlens, self._device = new.cache_seqlens, new.cache_seqlens.device
         block_table = self._table_on(device, change)
         if new.real is None:
             self._exact = False
@@ -187,7 +189,7 @@ class PageGroup(StoredRows):
             knows_mask=True,
             has_past=True,
         )
-        self.columns, self._cache_seqlens = end, cache_seqlens
+        self.columns, self._cache_seqlens, self._device = end, cache_seqlens, cache_seqlens.device
         if mask is not None:
             self._mask, self.has_padding = mask, True
         self._block_table = None  # the next step's changes alone would not do
@@ -232,7 +234,7 @@ class PageGroup(StoredRows):
     def current_step(self, device: torch.device) -> ForwardStep:
         """The step under way; where rows have moved since, one of no new columns, to read what is stored."""
         if self.step is None:
-            self._cache_seqlens = self._cache_seqlens.to(device)
+            self._cache_seqlens = self.cache_seqlens.to(device)
             self._block_table = to_device(self.manager.table, device)
             self.step = ForwardStep(
                 start=self.columns,

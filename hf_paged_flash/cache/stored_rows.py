@@ -48,7 +48,8 @@ class StoredRows:
         self.has_padding = False  # some column is known to be padding
         self._mask: torch.Tensor | None = None  # bool (batch, n <= columns), later columns are real; None: all real
         self._exact = True
-        self._cache_seqlens: torch.Tensor | None = None
+        self._cache_seqlens: torch.Tensor | None = None  # None: to be made of `manager.lengths`, on `_device`
+        self._device: torch.device | None = None
 
     def clear(self) -> None:
         """Forgets every token and gives the memory back, as soon as no fork has a token either."""
@@ -82,6 +83,8 @@ class StoredRows:
     @property
     def cache_seqlens(self) -> torch.Tensor | None:
         """Tokens of each row, int32 (batch,), as the device counts them; None before the first forward."""
+        if self._cache_seqlens is None and self._device is not None:
+            self._cache_seqlens = to_device(self.manager.lengths.astype(np.int32), self._device)
         return self._cache_seqlens
 
     def real_columns(self) -> np.ndarray | None:
@@ -193,8 +196,7 @@ class StoredRows:
         fork.knows_mask, fork.has_padding = self.knows_mask, self.has_padding
         if self._mask is not None:
             fork._mask = self._mask[torch.from_numpy(rows).to(self._mask.device)]
-        if self._cache_seqlens is not None:
-            fork._cache_seqlens = to_device(fork.manager.lengths.astype(np.int32), self._cache_seqlens.device)
+        fork._device = self._device
         return fork
 
     def restore(
@@ -205,12 +207,11 @@ class StoredRows:
         self.manager.table, self.manager.lengths, self.manager.first = table.copy(), lengths.copy(), first.copy()
         self.store.blocks.adopt(table[table >= 0])
         self.columns, self._mask = columns, mask
-        self._cache_seqlens = to_device(lengths.astype(np.int32), torch.device("cpu"))
+        self._device = torch.device("cpu")
 
     def _lengths_changed(self, columns: int) -> None:
         self._set_columns(columns)
-        if self._cache_seqlens is not None:
-            self._cache_seqlens = to_device(self.manager.lengths.astype(np.int32), self._cache_seqlens.device)
+        self._cache_seqlens = None
 
     def _set_columns(self, columns: int) -> None:
         self.columns = columns

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from itertools import chain, repeat
 from typing import Any
@@ -85,34 +85,32 @@ def decode_loop(
     if graphs is None or reason is not None:
         if not backend.graphs():
             forget(model)
-        with nullcontext() if graphs is None else _prepared(model, seen, outer):
+        with ExitStack() as stack:
+            if graphs is not None:
+                stack.enter_context(_looked_at(model, seen, outer))
+                if outer is None:
+                    stack.enter_context(fused_layers(model))
             yield (model if first is model else _InLoop(model, _begin_with(first, model))), stopping_criteria
         return
     graphs.lend_addresses(cache)
     loop = _Loop(model, cache, generation_config, graphs, keeps_logits, outer)
-    call = _begin_with(first, loop.forward) if begins_with_prefill else loop.forward
+    call = _begin_with(partial(loop.run, first), loop.forward) if begins_with_prefill else loop.forward
     around = getattr(_here, "innermost", None)
     _here.loop, _here.innermost = outer or loop, loop
     if pads_finished_rows and not _is_returned(cache, generation_config):
         if any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria):
             stopping_criteria = _Watched(stopping_criteria, loop.finished)
     try:
-        with _prepared(model, seen, outer):
+        with _looked_at(model, seen, outer):
             yield _InLoop(model, call), stopping_criteria
     finally:
         _here.loop, _here.innermost = outer, around
         loop.close()
 
 
-@contextmanager
-def _prepared(model: PreTrainedModel, seen: tuple[Look, ...], outer: "_Loop | None") -> Iterator[None]:
+def _looked_at(model: PreTrainedModel, seen: tuple[Look, ...], outer: "_Loop | None") -> AbstractContextManager:
     """Around a loop's forwards. An assistant's, which begins anew with each draft, is not looked at for nothing."""
-    if outer is not None:
-        with looking_once(*seen):
-            yield
-        return
-    with looking_once(*(seen or [look_at(model)])), fused_layers(model):
-        yield
+    return looking_once(*(seen or ([look_at(model)] if outer is None else [])))
 
 
 def _begin_with(first: Callable, then: Callable) -> Callable:
@@ -125,6 +123,12 @@ def loop_of(model: PreTrainedModel, cache: object) -> "_Loop | None":
     """The loop in which `model` prefills `cache` in this thread, if its forwards may be replayed."""
     loop = getattr(_here, "innermost", None)
     return loop if loop is not None and loop.is_of(model, cache) else None
+
+
+def fuse_layers(model: PreTrainedModel, cache: object) -> None:
+    """Before a prefill of `cache` that runs in Python: puts in `fused_layers` until its loop ends."""
+    if (loop := loop_of(model, cache)) is not None:
+        loop.fuse_layers()
 
 
 def _is_paged(cache: object) -> bool:
@@ -230,8 +234,11 @@ class _Loop:
         self.finished = _FinishedRows()
         self._outer = outer
         self._assistants: set[DecodeGraphs] = set()  # whose models have been looked at
+        self._fused: ExitStack | None = None  # around forwards that run in Python, once there is one
 
     def close(self) -> None:
+        if self._fused is not None:
+            self._fused.close()
         if self._is_open:
             try:
                 self._cache.groups.own_tensors()  # a graph's are written to by the next generate()
@@ -239,15 +246,26 @@ class _Loop:
                 self._graphs.lock.release()
         self._graphs.note(self._cache)
 
+    def fuse_layers(self) -> None:
+        """Puts in `fused_layers` until the loop ends, if it is no assistant's."""
+        if self._outer is None and self._fused is None:
+            self._fused = ExitStack()
+            self._fused.enter_context(fused_layers(self._model))
+
+    def run(self, forward: Callable, *args, **inputs) -> ModelOutput:
+        """`forward`, that of the model perhaps, as it is."""
+        self.fuse_layers()
+        return forward(*args, **inputs)
+
     def forward(self, *args, **inputs) -> ModelOutput:
         if args or not self._takes(inputs):
-            return self._model(*args, **inputs)
+            return self.run(self._model, *args, **inputs)
         try:
             finished = self.finished.empty(self._cache)
             outputs = self._graphs.forward(self._model, self._cache, inputs, finished, self._settings)
         except NotCapturable as error:
             _tell(str(error), self._config)
-            return self._model(**inputs)
+            return self.run(self._model, **inputs)
         if (reason := self._refusal()) is not None:
             _tell(reason, self._config)
         if self._keeps_logits:

@@ -104,11 +104,14 @@ def _begin_rows(cache: PagedCache, model: PreTrainedModel, are_same: bool) -> No
         look = look_at(model)
         cache.prefixes.weights = look.tensors, _state_of(look)
         cache.reset()
-    elif cache.columns:
-        cache.release(np.arange(cache.batch_size))
     else:
-        cache.group.store.shrink()
+        _drop_rows(cache)
     cache.prompts = None
+
+
+def _drop_rows(cache: PagedCache) -> None:
+    cache.groups.start_from([])
+    cache.group.store.shrink()
 
 
 def _are_weights_of(model: PreTrainedModel, cache: PagedCache) -> bool:
@@ -283,12 +286,15 @@ def keep_answers(cache: PagedCache, result: torch.Tensor | ModelOutput, prompt: 
     if cache.prompts is None or len(sequences) != cache.batch_size:
         return
     root, prompts = cache.prompts
-    answers = sequences[:, prompt:].cpu().numpy()
-    times = len(answers) // len(prompts)  # sequences were asked for of each
-    rows = [prompts[index // times].followed_by(answer) for index, answer in enumerate(answers)]
-    cache.prefixes.add(cache.groups, root, rows)
+    prompts = [row for row in prompts for _ in range(len(sequences) // len(prompts))]  # sequences asked for of each
+    cache.groups.sync_lengths()
+    lengths, block_size = cache.group.manager.lengths.tolist(), cache.group.block_size
+    if any(stored // block_size > len(row) // block_size for stored, row in zip(lengths, prompts, strict=True)):
+        answers = sequences[:, prompt:].cpu().numpy()
+        rows = [row.followed_by(answer) for row, answer in zip(prompts, answers, strict=True)]
+        cache.prefixes.add(cache.groups, root, rows)
     if is_plain and not getattr(cache, "_is_user_defined", False):
-        cache.release(np.arange(cache.batch_size))
+        _drop_rows(cache)
 
 
 def _check_whole(input_ids: torch.Tensor, model_kwargs: dict) -> None:
