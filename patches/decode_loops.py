@@ -21,13 +21,21 @@ def _in_decode_loop(**traits):
         original, self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, **kwargs
     ):
         from hf_paged_flash.generation.decode_loop import decode_loop
+        from hf_paged_flash.generation.looking import ModelChanged
+        from hf_paged_flash.generation.prefix_caching import begin_anew
 
         cache = kwargs.get(cache_name(kwargs))
         if traits.get("begins_with_prefill"):
             _check_begins(cache, input_ids, kwargs)
         options = traits | {"synced_gpus": synced_gpus}
-        with decode_loop(self, cache, generation_config, stopping_criteria, **options) as (model, criteria):
-            return original(model, input_ids, logits_processor, criteria, generation_config, synced_gpus, **kwargs)
+        while True:
+            try:
+                with decode_loop(self, cache, generation_config, stopping_criteria, **options) as (model, criteria):
+                    return original(
+                        model, input_ids, logits_processor, criteria, generation_config, synced_gpus, **kwargs
+                    )
+            except ModelChanged:  # since the last call; nothing was generated yet
+                begin_anew(cache, self)
 
     return decode
 

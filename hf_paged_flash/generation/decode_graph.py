@@ -31,7 +31,7 @@ from .capturable import NotCapturable, NoWaiting
 from .compiled_forward import CompiledForward, CompileSettings
 from .fused_layers import fused_layers
 from .known_layers import captured_layers, own_layers
-from .looking import Look, look_at
+from .looking import Look, confirm, look_at
 from .media import MOVED, of_tokens
 
 MAX_GRAPHS = 64  # of a model; the least recently used goes first
@@ -190,6 +190,7 @@ class DecodeGraphs:
 
         Raises:
             NotCapturable: the forward has not run, nothing has changed.
+            ModelChanged: see `confirm`.
             CacheFullError: as `update()` of the cache.
         """
         inputs = of_tokens(inputs)
@@ -209,6 +210,7 @@ class DecodeGraphs:
         with static_forward(cache.groups, q_length, buffers, finished, packed) as step:
             graph.load(tensors)
             if graph.replay is None:
+                confirm(model)
                 fixed = inputs | graph.tensors
                 if kind not in self._warm:
                     return self._first(kind, settings, model, cache, fixed)
@@ -218,6 +220,7 @@ class DecodeGraphs:
             step.skip_layers()
             graph.replay()
             self._last = graph
+            confirm(model)  # otherwise the step is taken back
         return graph.outputs(cache)
 
     def replay_again(self) -> bool:

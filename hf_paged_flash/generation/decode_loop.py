@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import chain, repeat
 from typing import Any
@@ -23,7 +23,7 @@ from .capturable import NotCapturable, obstacle
 from .compiled_forward import CompileSettings
 from .decode_graph import PROMPT, STEP, DecodeGraphs, forget, graphs_of
 from .fused_layers import fused_layers
-from .looking import Look, look_at, looking_once
+from .looking import confirm, glance_at, looking_once
 from .prefix_caching import first_forward, seen_for
 from .short_prompt import last_columns, length_of
 
@@ -74,6 +74,9 @@ def decode_loop(
         keeps_logits: the loop goes on using what a call returned after the next one.
         pads_finished_rows: where a criterion has an end of sequence, the loop does not look at what the model says of
             rows that one has stopped.
+
+    Raises:
+        ModelChanged: at its begin or in the first forward, before anybody has seen what came of it: begin anew.
     """
     first, seen, outer = model, seen_for(cache), getattr(_here, "loop", None)
     if begins_with_prefill and isinstance(cache, PagedCache) and cache.prefixes is not None:
@@ -82,35 +85,31 @@ def decode_loop(
     reason = None if graphs is None else _hindrance(model, cache, generation_config, synced_gpus)
     if reason is not None and (backend.graphs() or generation_config.compile_config is not None):
         _tell(reason, generation_config)
-    if graphs is None or reason is not None:
-        if not backend.graphs():
-            forget(model)
-        with ExitStack() as stack:
-            if graphs is not None:
-                stack.enter_context(_looked_at(model, seen, outer))
-                if outer is None:
-                    stack.enter_context(fused_layers(model))
-            yield (model if first is model else _InLoop(model, _begin_with(first, model))), stopping_criteria
-        return
-    graphs.lend_addresses(cache)
-    loop = _Loop(model, cache, generation_config, graphs, keeps_logits, outer)
-    call = _begin_with(partial(loop.run, first), loop.forward) if begins_with_prefill else loop.forward
-    around = getattr(_here, "innermost", None)
-    _here.loop, _here.innermost = outer or loop, loop
-    if pads_finished_rows and not _is_returned(cache, generation_config):
-        if any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria):
-            stopping_criteria = _Watched(stopping_criteria, loop.finished)
-    try:
-        with _looked_at(model, seen, outer):
+    if not seen and graphs is not None and outer is None:  # an assistant's loop begins anew with each draft
+        seen = (glance_at(model),)
+    with looking_once(*seen, confirmed=False):
+        if graphs is None or reason is not None:
+            if not backend.graphs():
+                forget(model)
+            confirm(model)
+            with fused_layers(model) if graphs is not None and outer is None else nullcontext():
+                yield (model if first is model else _InLoop(model, _begin_with(first, model))), stopping_criteria
+            return
+        if begins_with_prefill:
+            confirm(model)
+        graphs.lend_addresses(cache)
+        loop = _Loop(model, cache, generation_config, graphs, keeps_logits, outer)
+        call = _begin_with(partial(loop.run, first), loop.forward) if begins_with_prefill else loop.forward
+        around = getattr(_here, "innermost", None)
+        _here.loop, _here.innermost = outer or loop, loop
+        if pads_finished_rows and not _is_returned(cache, generation_config):
+            if any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria):
+                stopping_criteria = _Watched(stopping_criteria, loop.finished)
+        try:
             yield _InLoop(model, call), stopping_criteria
-    finally:
-        _here.loop, _here.innermost = outer, around
-        loop.close()
-
-
-def _looked_at(model: PreTrainedModel, seen: tuple[Look, ...], outer: "_Loop | None") -> AbstractContextManager:
-    """Around a loop's forwards. An assistant's, which begins anew with each draft, is not looked at for nothing."""
-    return looking_once(*(seen or ([look_at(model)] if outer is None else [])))
+        finally:
+            _here.loop, _here.innermost = outer, around
+            loop.close()
 
 
 def _begin_with(first: Callable, then: Callable) -> Callable:
@@ -248,6 +247,7 @@ class _Loop:
 
     def fuse_layers(self) -> None:
         """Puts in `fused_layers` until the loop ends, if it is no assistant's."""
+        confirm(self._model)
         if self._outer is None and self._fused is None:
             self._fused = ExitStack()
             self._fused.enter_context(fused_layers(self._model))

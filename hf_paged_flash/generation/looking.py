@@ -1,7 +1,8 @@
 """A model as it was when somebody looked, and whether it still is: so long a captured forward of it holds.
 
 To read a large model's modules takes longer than to launch a graph of its forward; to see that none has changed takes
-a tenth of that, as it is to be seen in every call.
+a tenth of that, as it is to be seen in every call. Even so it takes as long as a good part of a short prompt: there
+what could harm a graph is looked at before its launch, and the rest while it runs (`glance_at`, `confirm`).
 """
 
 import threading
@@ -62,16 +63,26 @@ class Look:
 
     def holds(self) -> bool:
         """Whether nothing was replaced since, not even by its equal: then a new look has the same fingerprint."""
+        return self.is_there() and self.is_unchanged()
+
+    def is_there(self) -> bool:
+        """Whether all that it saw exists and lies where it lay: what was captured then finds what it reads."""
         referred = self._modules, self.tensors, self._parts
         modules, tensors, parts = ([reference() for reference in references] for references in referred)
         return (
             self._settings == _settings()
             # otherwise another may lie where one lay
             and not any(map(is_, chain(modules, tensors, parts), repeat(None)))
-            and _identities(modules, self._skipped) == self._identities
             and places_of(tensors) == self.places
-            and all([of.forward is forward for of, forward in self._forwards.items()])
             and all([look.holds() for look in self._others])
+        )
+
+    def is_unchanged(self) -> bool:
+        """Whether the model, which `is_there`, is still made of that and has the same plain values."""
+        modules = [reference() for reference in self._modules]
+        return (
+            _identities(modules, self._skipped) == self._identities
+            and all([of.forward is forward for of, forward in self._forwards.items()])
             and all([_attributes(config) == told for config, told in self._configs])
         )
 
@@ -201,8 +212,13 @@ def places_of(tensors: list[torch.Tensor]) -> tuple:
     return addresses, tuple(map(attrgetter("dtype", "shape"), tensors))
 
 
+class ModelChanged(Exception):
+    """A model is not what it was taken for at a glance: what was begun must begin anew."""
+
+
 _looks: "weakref.WeakKeyDictionary[PreTrainedModel, Look]" = weakref.WeakKeyDictionary()
-_here = threading.local()  # `once`: looks by model's id, within `looking_once`
+# `once`: looks by model's id, within `looking_once`; `unconfirmed`: those of them that `confirm` has yet to see
+_here = threading.local()
 
 
 def look_at(model: PreTrainedModel) -> Look:
@@ -218,15 +234,32 @@ def look_at(model: PreTrainedModel) -> Look:
     return look
 
 
+def glance_at(model: PreTrainedModel) -> Look:
+    """The last look if all is there that it saw, for whoever can begin anew if it does not hold; else a new one."""
+    look = _looks.get(model)
+    if look is None or not look.is_there():
+        look = _looks[model] = Look(model)
+    return look
+
+
 @contextmanager
-def looking_once(*seen: Look) -> Iterator[None]:
+def looking_once(*seen: Look, confirmed: bool = True) -> Iterator[None]:
     """Within it, in this thread, models are taken to stay as they were when they were looked at first, or `seen`."""
-    around = getattr(_here, "once", None)
+    around = getattr(_here, "once", None), getattr(_here, "unconfirmed", None)
     _here.once = {look.model_id: look for look in seen}
+    _here.unconfirmed = {} if confirmed else dict(_here.once)
     try:
         yield
     finally:
-        _here.once = around
+        _here.once, _here.unconfirmed = around
+
+
+def confirm(model: PreTrainedModel) -> None:
+    """Raises ModelChanged unless `model` is what `looking_once` has taken it for; it asks once."""
+    look = (getattr(_here, "unconfirmed", None) or {}).pop(id(model), None)
+    if look is not None and not look.is_unchanged():
+        _looks.pop(model, None)
+        raise ModelChanged
 
 
 def _settings() -> tuple:

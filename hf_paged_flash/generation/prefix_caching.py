@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput, logging
 from ..cache import PagedCache
 from ..cache.prompt_row import Media, PromptRow
 from ..errors import ArgumentError
-from .looking import Look, ModuleState, look_at, looking_once, names_of
+from .looking import Look, ModuleState, glance_at, look_at, looking_once, names_of
 from .media import PLACES, has_contents, media_of, without_media
 from .packable import NotPacked, of_rows, why_not_these, why_padded
 from .packed_rows import packed_draft
@@ -74,9 +74,8 @@ def enabled_cache(model: PreTrainedModel) -> PagedCache | None:
     cache = _enabled.get(model)
     if cache is None:
         return None
-    look = look_at(model)
+    look, are_same = _glance_for(cache, model)
     with looking_once(look):
-        are_same = _are_weights_of(model, cache)
         if cache.prefixes.weights[0] and not are_same:  # of another device or dtype, perhaps
             kept = cache.group.store.kept_memory or True
             cache.__dict__.update(vars(PagedCache(cache.config, cache.group.block_size, prefix_caching=kept)))
@@ -87,14 +86,34 @@ def enabled_cache(model: PreTrainedModel) -> PagedCache | None:
 
 
 def begin_rows(cache: PagedCache, model: PreTrainedModel) -> None:
-    """Drops the rows of `cache`, whose full blocks stay known, for those of a call of `model`."""
-    look = _seen[cache] = look_at(model)
+    """Drops the rows of `cache`, whose full blocks stay known, for those of a call of `model`.
+
+    The model is glanced at, whoever takes the look from `seen_for` is to confirm it.
+    """
+    look, are_same = _glance_for(cache, model)
+    _seen[cache] = look
     with looking_once(look):
-        _begin_rows(cache, model, _are_weights_of(model, cache))
+        _begin_rows(cache, model, are_same)
+
+
+def _glance_for(cache: PagedCache, model: PreTrainedModel) -> tuple[Look, bool]:
+    """A look at `model`, and whether by it `cache` is of the model; a glance where it is."""
+    for look_of in (glance_at, look_at):
+        look = look_of(model)
+        with looking_once(look):
+            if _are_weights_of(model, cache):
+                return look, True
+    return look, False
+
+
+def begin_anew(cache: object, model: PreTrainedModel) -> None:
+    """Begins the rows of `cache` again, if it keeps prefixes: what it knows may be of what `model` was."""
+    if isinstance(cache, PagedCache) and cache.prefixes is not None:
+        begin_rows(cache, model)
 
 
 def seen_for(cache: object) -> tuple[Look, ...]:
-    """The look at the model whose call has begun the rows of `cache`, once."""
+    """The glance at the model whose call has begun the rows of `cache`, once."""
     look = _seen.pop(cache, None) if isinstance(cache, PagedCache) else None
     return () if look is None else (look,)
 
@@ -207,6 +226,8 @@ def prefill(
         ArgumentError: a mask, or positions, of more columns than the prompts.
     """
     cache.prompts = None
+    if not all(look.holds() for look in seen_for(cache)):  # outside of a decode loop nobody confirms it
+        begin_rows(cache, model)
     if cache.columns or generation_config.is_assistant:
         return run(model_kwargs)  # a forward of the user's, or one round of an assistant, began these rows
     _check_whole(input_ids, model_kwargs)

@@ -5,12 +5,15 @@ import gc
 import numpy as np
 import pytest
 import torch
+from transformers import DynamicCache
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hf_paged_flash import CacheFullError, PagedCache, disable_prefix_caching, enable_prefix_caching
 from hf_paged_flash.cache import elastic_memory
 from hf_paged_flash.generation import decode_graph
 from hf_paged_flash.generation.short_prompt import length_of
 from tests.cache.fake_driver import FakeDriver
+from tests.generation.recorder import Recorder
 from tests.generation.runs import batch, generate, models, unpadded
 from tests.tiny_models import ragged_batch, tiny_config, tiny_model
 
@@ -186,6 +189,83 @@ def test_another_model_shape_of_the_same_object(prompts):
     for _ in range(4):
         assert torch.equal(generate(model, input_ids, None), generate(eager, input_ids, None))
     assert prompts[-1] == "replay"
+
+
+def _hook(model):
+    model.model.layers[0].register_forward_hook(lambda module, args, output: output * 1.5)
+
+
+def _swap(model):
+    layers = model.model.layers
+    layers[0].mlp, layers[1].mlp = layers[1].mlp, layers[0].mlp
+
+
+def _patch(model):
+    forward = LlamaMLP.forward
+    model.model.layers[0].mlp.__class__ = type("Mlp", (LlamaMLP,), {"forward": lambda self, x: 2 * forward(self, x)})
+
+
+CHANGES = {
+    "a hook": _hook,
+    "layers in another order": _swap,
+    "a class": _patch,
+    "a number": lambda model: setattr(model.model.layers[1].input_layernorm, "variance_epsilon", 10.0),
+    "a number for a tensor": lambda model: vars(model.model.rotary_emb).update(attention_scaling=0.5),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("cached", [None, "enabled", "own"])
+def test_a_model_that_changes_between_calls(change, cached, prompts, monkeypatch):
+    """Noticed while the graph of what it was runs, which is taken back."""
+    paged, eager = (tiny_model(tiny_config("llama"), name) for name in ("paged_flash", "eager"))
+    cache = {"enabled": enable_prefix_caching, "own": lambda model: PagedCache(model.config, prefix_caching=True)}
+    cache = cache[cached](paged) if cached else None
+    options = {"past_key_values": cache} if cached == "own" else {}
+    input_ids, mask = ragged_batch([40, 33], "left")
+
+    def rows(seed):
+        ids = input_ids.clone()
+        ids[:, -4:] = ragged_batch([4, 4], None, seed=seed)[0]
+        return ids, mask
+
+    def check(seed):
+        expected = generate(eager, *rows(seed))
+        assert torch.equal(generate(paged, *rows(seed), **options), expected)
+        return expected
+
+    for seed in range(4):
+        check(seed)
+    assert prompts[-1] == "replay"
+    before, hit = generate(eager, *rows(4)), cache.memory().prefix_tokens_hit if cached else 0
+    for model in (paged, eager):
+        change(model)
+    del prompts[:]
+    replays, replay = [], Recorder.replay
+    monkeypatch.setattr(Recorder, "replay", lambda self: (replays.append(len(prompts)), replay(self)))
+    assert not torch.equal(check(4), before)
+    assert replays[:1] == [1] and prompts[0] is None, "it was replayed before anybody looked"
+    if cached:
+        assert cache.memory().prefix_tokens_hit == hit, "keys of another model"
+    for seed in range(4):
+        check(seed)
+
+
+def test_a_model_that_changes_between_turns(prompts):
+    paged, eager = (tiny_model(tiny_config("llama"), name) for name in ("paged_flash", "eager"))
+    ids = ragged_batch([20, 20], None)[0]
+    for _ in range(4):
+        generate(paged, ids, None)
+    caches = PagedCache(paged.config), DynamicCache(config=eager.config)
+    for turn in range(3):
+        answers = [generate(paged, ids, None, past_key_values=caches[0])]
+        answers.append(generate(eager, ids, None, past_key_values=caches[1]))
+        assert torch.equal(*answers), f"turn {turn}"
+        ids = torch.cat([ids, answers[0], ragged_batch([4, 4], None, seed=turn)[0]], 1)
+        for model in (paged, eager):
+            model.model.layers[1].input_layernorm.variance_epsilon += 10.0
+    assert None in prompts[-2:]
+    assert caches[0].get_seq_length() == caches[1].get_seq_length()
 
 
 @pytest.mark.parametrize(
