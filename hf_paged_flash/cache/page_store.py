@@ -2,6 +2,7 @@
 
 import os
 import weakref
+from functools import cache as cached
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -121,6 +122,7 @@ class PageStore:
         self.__dict__.update(state, groups=weakref.WeakSet())
 
 
+@cached
 def _memory_of(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
