@@ -9,7 +9,6 @@ from ..errors import CacheFullError
 from .prefix_index import PrefixIndex
 
 GROWTH = 1 / 40  # the least that growth adds, as a share of the blocks that exist
-_FEW = 512  # blocks below which sorting them costs less than a pass over the pool's
 
 
 class Blocks:
@@ -170,17 +169,12 @@ class Blocks:
 
     def _add(self, blocks: np.ndarray, change: int | np.ndarray) -> np.ndarray:
         """Adds `change`, or `change[i]`, to the references of `blocks[i]`; returns the blocks that have none now."""
+        if not blocks.size:
+            return blocks
         self.version += 1
-        if blocks.size < _FEW:
-            changed, place = np.unique(blocks, return_inverse=True)
-            self.references[changed] += _sums(place, change, len(changed))
-            return changed[self.references[changed] == 0]
-        # no sorting: a pass over all blocks between the first and the last
-        first = int(blocks.min())
-        sums = _sums(blocks - first, change)
-        references = self.references[first : first + len(sums)]
-        references += sums
-        return np.flatnonzero((references == 0) & (sums != 0)) + first
+        blocks = blocks.astype(np.intp, copy=False)
+        np.add.at(self.references, blocks, np.asarray(change, np.int32))  # fast where no type is converted
+        return np.unique(blocks[self.references[blocks] == 0])
 
     def _freed(self, blocks: np.ndarray) -> None:
         self.blocks_free += len(blocks)
@@ -222,10 +216,3 @@ class Blocks:
         self.__init__(state["block_size"], state["max_blocks"])
         self.index = PrefixIndex() if state["has_index"] else None
         self.resize(state["num_blocks"])
-
-
-def _sums(places: np.ndarray, change: int | np.ndarray, size: int = 0) -> np.ndarray:
-    """`change`, or `change[i]`, summed up over each place, int32; exact in bincount's float64."""
-    if isinstance(change, int):
-        return np.bincount(places, minlength=size).astype(np.int32) * np.int32(change)
-    return np.bincount(places, weights=change, minlength=size).astype(np.int32)
