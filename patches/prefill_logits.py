@@ -14,7 +14,7 @@ from hf_paged_flash.patches.base import Patch, cache_name
 
 def _prefill(original, self, input_ids, generation_config, model_kwargs, *args, **kwargs):
     from hf_paged_flash.cache import PagedCache
-    from hf_paged_flash.cache.forward_step import to_device
+    from hf_paged_flash.cache.forward_step import on_host, to_device
     from hf_paged_flash.generation.packed_prefill import check_new_tokens
 
     cache, mask = model_kwargs.get(cache_name(model_kwargs)), model_kwargs.get("attention_mask")
@@ -22,7 +22,7 @@ def _prefill(original, self, input_ids, generation_config, model_kwargs, *args, 
         _check_fits(input_ids, model_kwargs)
     if not isinstance(cache, PagedCache) or mask is None or mask.dim() != 2:
         return original(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
-    new = mask[:, cache.get_seq_length() :].cpu().bool()  # waits for the device, this once
+    new = on_host(mask)[:, cache.get_seq_length() :]  # waits for the device, this once
     if bool(new[:, -1:].all()):
         return original(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
     check_new_tokens(new)

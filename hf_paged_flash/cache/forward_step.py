@@ -1,5 +1,7 @@
 """What one forward adds to the cache: computed once, read by every layer."""
 
+import threading
+import weakref
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -10,6 +12,22 @@ def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """`array` as a tensor on `device`; to CUDA through pinned memory, so that the host does not wait."""
     tensor = torch.tensor(array)  # a copy: the host goes on writing into its arrays
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+_read = threading.local()  # `mask`: a weak reference to what `on_host` got last, its version, and what it returned
+
+
+def on_host(mask: torch.Tensor) -> torch.Tensor:
+    """`mask` as bool on the host, to read. Waits for the device, but not for a mask that it was asked for just before.
+
+    The prefill of one `generate()` looks at its mask in several places.
+    """
+    version = None if mask.is_inference() else mask._version
+    reference, known, read = getattr(_read, "mask", (None, None, None))
+    if version is None or reference is None or reference() is not mask or known != version:
+        read = mask.cpu().bool()
+        _read.mask = weakref.ref(mask), version, read
+    return read
 
 
 @dataclass(frozen=True)

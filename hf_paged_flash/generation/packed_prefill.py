@@ -9,6 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..cache import PagedCache
+from ..cache.forward_step import on_host
 from ..errors import ArgumentError
 from .decode_loop import fuse_layers, loop_of
 from .media import has_contents, of_tokens
@@ -53,7 +54,7 @@ def packed_prefill(
     ):
         return None
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    mask = mask.bool().cpu()
+    mask = on_host(mask)
     new = mask[:, columns:]
     is_padded = is_ragged or not new.all()
     if not new.shape[1] or not (is_padded or loop):

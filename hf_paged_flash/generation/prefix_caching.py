@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
 from ..cache import PagedCache
+from ..cache.forward_step import on_host
 from ..cache.prompt_row import Media, PromptRow
 from ..errors import ArgumentError
 from .looking import Look, ModuleState, glance_at, look_at, looking_once, names_of
@@ -341,7 +342,7 @@ def _rows(input_ids: torch.Tensor, model_kwargs: dict, config: PreTrainedConfig)
         media = media_of(ids[0], model_kwargs, config)
         if media is None:
             return None
-    mask = np.ones(ids.shape, bool) if mask is None else mask.bool().cpu().numpy()
+    mask = np.ones(ids.shape, bool) if mask is None else on_host(mask).numpy()
     positions = [None] * len(ids)
     if position_ids is not None:  # (batch, columns) or, of several axes, (axes, batch, columns); of one row for all
         position_ids = position_ids.cpu().expand(*position_ids.shape[:-2], *ids.shape)
