@@ -27,6 +27,7 @@ from ..cache.kept_addresses import KeptAddresses
 from ..cache.paged_layer import PagedLayer
 from ..cache.prepared_forward import PackedTokens, static_forward
 from ..cache.step_buffers import StepBuffers
+from ..kernels.launches import overlapping_launches
 from .capturable import NotCapturable, NoWaiting
 from .compiled_forward import CompiledForward, CompileSettings
 from .fused_layers import fused_layers
@@ -244,6 +245,7 @@ class DecodeGraphs:
                 raise NotCapturable("no cache of the model was seen before")
             self._like.prepare(cache)
 
+    @overlapping_launches()
     def _first(
         self,
         kind: tuple,
@@ -272,6 +274,7 @@ class DecodeGraphs:
         self._warm.add(kind)
         return outputs
 
+    @overlapping_launches()
     def _capture(
         self,
         graph: _Graph,

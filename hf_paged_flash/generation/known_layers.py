@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.activations import ACT2FN
 
 from ..ops import layers
-from .looking import stand_in
+from .looking import runs_its_class, stand_in
 
 _ROTARY = "apply_rotary_pos_emb"
+_SILUS = {nn.SiLU, type(ACT2FN["silu"])}
 _here = threading.local()  # `own`: within `own_layers`, `captured`: within `captured_layers`
 
 
@@ -117,6 +119,12 @@ def _apply_rotary_emb(x, cos, sin):
     return torch.cat((first_, second_), dim=-1)
 
 
+class _GatedMlp:
+    def forward(self, x):
+        down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return down_proj
+
+
 class _Linear:
     def forward(self, input):
         return F.linear(input, self.weight, self.bias)
@@ -131,7 +139,7 @@ class _Norm(NamedTuple):
 
 
 def own_layers() -> AbstractContextManager:
-    """Within it norms and rotary embeddings run their own code in this thread, whatever `fused_layers` there are."""
+    """Within it these layers run their own code in this thread, whatever `fused_layers` there are, but linear ones."""
     return _within("own")
 
 
@@ -167,6 +175,8 @@ def forward_of(module_class: type) -> Callable | None:
         # libraries put in a function of their own; a parametrized weight is a property of its class
         is_torchs = forward.__globals__.get("F") is F and F.linear is torch._C._nn.linear
         return _linear_forward(forward) if is_torchs and not hasattr(module_class, "weight") else None
+    if _code_of(forward) == _code_of(_GatedMlp.forward):
+        return _gated_forward(forward)
     innermost = inspect.unwrap(forward)  # transformers' decorators rename arguments
     if not isinstance(innermost, FunctionType) or _ROTARY not in innermost.__code__.co_names:
         return None
@@ -213,6 +223,26 @@ def _norm_forward(original: Callable, norm: _Norm) -> Callable:
         return layers.rms_norm(x, weight, epsilon, offset=norm.offset, casting_mode=norm.casting_mode)
 
     return forward
+
+
+@cache
+def _gated_forward(original: Callable) -> Callable:
+    @stand_in
+    def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling() or not _is_silu(self.act_fn):
+            return original(self, x)
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        is_known = _are_fused(gate, up) and gate.shape == up.shape and gate.dtype == up.dtype
+        return self.down_proj(layers.swiglu(gate, up) if is_known else self.act_fn(gate) * up)
+
+    return forward
+
+
+def _is_silu(activation: Any) -> bool:
+    """Whether it is that and no more: it is not called where its operator runs."""
+    if type(activation) not in _SILUS or not runs_its_class(activation):
+        return False
+    return not (activation._forward_hooks or activation._forward_pre_hooks)
 
 
 @cache

@@ -4,6 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .launches import overlap
+from .primitives import let_next_start, wait_for_previous
+
 # {rows: BLOCK_N, most of BLOCK_K}, of eleven tiles the fastest for an 8B model's weights on an H200
 _TILES = {1: (1, 2048), 2: (4, 1024)}
 
@@ -22,6 +25,7 @@ def _linear_kernel(
     EVEN_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Out = X Weight^T + Bias of ROWS rows, 1 or 2; products and sums in fp32.
 
@@ -34,7 +38,14 @@ def _linear_kernel(
     weights = Weight + offs_n.to(tl.int64)[:, None] * stride_weight + offs_k[None, :]
     acc_0 = tl.zeros([BLOCK_N, BLOCK_K // 8], tl.float32)
     acc_1 = acc_0
-    for start_k in range(0, K, BLOCK_K):
+    let_next_start(PDL)
+    mask = mask_n[:, None] if EVEN_K else mask_n[:, None] & (offs_k < K)[None, :]
+    first = tl.load(weights, mask=mask, other=0.0).to(tl.float32)  # which no kernel before has written
+    wait_for_previous(PDL)
+    acc_0 += _sums_of_eight(first, X + offs_k, K, EVEN_K)
+    if ROWS > 1:
+        acc_1 += _sums_of_eight(first, X + offs_k + stride_x, K, EVEN_K)
+    for start_k in range(BLOCK_K, K, BLOCK_K):
         mask = mask_n[:, None] if EVEN_K else mask_n[:, None] & (offs_k < K - start_k)[None, :]
         weight = tl.load(weights + start_k, mask=mask, other=0.0).to(tl.float32)
         x = X + start_k + offs_k
@@ -87,6 +98,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
             EVEN_K=k % block_k == 0,
             BLOCK_N=block_n,
             BLOCK_K=block_k,
+            **overlap(x),
             num_warps=max(1, min(4, block_n * block_k // 512)),
         )
     return out

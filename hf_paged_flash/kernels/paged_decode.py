@@ -6,15 +6,18 @@ import triton.language as tl
 
 from . import configs
 from .flash_forward import dot_precision, last_dim_contiguous, score_scales
+from .launches import overlap
 from .primitives import (
     LOG2_E,
     attention_scores,
     finish_softmax,
+    let_next_start,
     load_tile,
     online_softmax_update,
     tile_blocks,
     tile_pointers,
     visible_keys,
+    wait_for_previous,
 )
 
 
@@ -61,6 +64,7 @@ def _paged_decode_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Split `s` of row b and KV head h: O_s = softmax(S_s) V_s and lse_s over its share of the keys.
 
@@ -70,6 +74,8 @@ def _paged_decode_kernel(
     they are read on the device, an empty split writes lse -inf. With one split Out (B, SEQLEN_Q, Hq, Dv) and Lse
     (B, Hq, SEQLEN_Q) are final, else fp32 partials (B, Hq, SEQLEN_Q, num_splits, Dv) and (…, num_splits), natural log.
     """
+    let_next_start(PDL)
+    wait_for_previous(PDL)
     head_k = tl.program_id(0) // TILES_M
     tile_m = tl.program_id(0) % TILES_M
     row = tl.program_id(1).to(tl.int64)
@@ -159,12 +165,15 @@ def _reduce_splits_kernel(
     HAS_SINK: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """O = sum_s exp(lse_s - lse) O_s with lse = ln sum_s exp(lse_s), a sink added to the sum.
 
     PartialOut fp32 (B, Hq, SEQLEN_Q, num_splits, Dv), PartialLse (…, num_splits); Out (B, SEQLEN_Q, Hq, Dv), Lse
     (B, Hq, SEQLEN_Q). Grid (Hq, SEQLEN_Q, B). The order of the sum is fixed: results do not vary from run to run.
     """
+    let_next_start(PDL)
+    wait_for_previous(PDL)
     head, query, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     num_heads, seqlen_q = tl.num_programs(0), tl.num_programs(1)
     index = (row * num_heads + head) * seqlen_q + query
@@ -281,6 +290,7 @@ def paged_decode(
             BLOCK_DV=block_dv,
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
+            **overlap(q),
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
@@ -297,6 +307,7 @@ def paged_decode(
                 HAS_SINK=s_aux is not None,
                 BLOCK_S=block_s,
                 BLOCK_DV=block_dv,
+                **overlap(q),
                 num_warps=reduce_warps,
             )
     return out, lse

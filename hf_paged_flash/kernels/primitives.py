@@ -210,3 +210,17 @@ def visible_runs(
     full_begin = tl.minimum(full_begin, end)
     full_end = tl.maximum(full_end, full_begin)
     return begin, full_begin, full_end, end
+
+
+@triton.jit
+def let_next_start(PDL: tl.constexpr):
+    """The kernel after this one may start, once all programs of this one have got here or ended; see launches.py."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_previous(PDL: tl.constexpr):
+    """From here on what kernels before this one wrote can be read, and what they read can be written over."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()

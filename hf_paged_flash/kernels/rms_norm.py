@@ -4,6 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .launches import overlap
+from .primitives import let_next_start, wait_for_previous
+
 
 @triton.jit
 def _rms_norm_kernel(
@@ -15,6 +18,7 @@ def _rms_norm_kernel(
     ROUNDS_FIRST: tl.constexpr,
     N: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Out = X / sqrt(mean(X^2) + eps) * (OFFSET + Weight), each row by itself, in fp32 (Zhang, Sennrich 2019).
 
@@ -24,6 +28,8 @@ def _rms_norm_kernel(
     row = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK_N)
     mask = offs < N
+    let_next_start(PDL)
+    wait_for_previous(PDL)
     x = tl.load(X + row * N + offs, mask=mask, other=0.0).to(tl.float32)
     weight = tl.load(Weight + offs, mask=mask, other=0.0).to(tl.float32)
     normed = x * tl.rsqrt(tl.sum(x * x, 0) / N + eps)
@@ -53,6 +59,7 @@ def rms_norm(
             ROUNDS_FIRST=casting_mode == "llama",
             N=n,
             BLOCK_N=triton.next_power_of_2(n),
+            **overlap(x),
             num_warps=max(1, min(16, triton.next_power_of_2(n) // 512)),
         )
     return out

@@ -4,6 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .launches import overlap
+from .primitives import let_next_start, wait_for_previous
+
 _HEADS = 4  # of a program
 
 
@@ -39,12 +42,15 @@ def _rotary_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_REST: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Out = [x1 cos - x2 sin, x2 cos + x1 sin, rest], x1 and x2 the halves of the first ROTARY_DIM (Su et al. 2021).
 
     Q (B, Hq, S, D), K (B, Hk, S, D), last dim contiguous; Cos, Sin (B | 1, S, ROTARY_DIM), stride 0 for one row of
     all. Products and sums are rounded as torch does one by one. Grid (B * S, blocks of BLOCK_H heads, Q's first).
     """
+    let_next_start(PDL)
+    wait_for_previous(PDL)
     token = tl.program_id(0)
     batch = (token // seqlen).to(tl.int64)
     position = (token % seqlen).to(tl.int64)
@@ -138,6 +144,7 @@ def rotary(
             BLOCK_H=_HEADS,
             BLOCK_D=triton.next_power_of_2(rotary_dim // 2),
             BLOCK_REST=triton.next_power_of_2(max(1, head_dim - rotary_dim)),
+            **overlap(q),
             num_warps=2,
             enable_fp_fusion=False,  # a product and a sum in one would not be rounded as two
         )

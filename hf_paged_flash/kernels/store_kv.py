@@ -4,6 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .launches import overlap
+from .primitives import let_next_start, wait_for_previous
+
 
 @triton.jit
 def _store_kv_kernel(
@@ -34,11 +37,14 @@ def _store_kv_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """KCache[slot // PAGE_SIZE, slot % PAGE_SIZE] = K[b, s], V likewise, for token b * seqlen + s; slot -1 is skipped.
 
     K, V (B, S, Hkv, D | Dv) with any strides; caches (num_blocks, PAGE_SIZE, Hkv, D | Dv). Grid (B * S,): one token.
     """
+    let_next_start(PDL)
+    wait_for_previous(PDL)
     token = tl.program_id(0)
     slot = tl.load(slot_mapping + token).to(tl.int64)
     if slot < 0:
@@ -106,5 +112,6 @@ def store_kv(
             BLOCK_H=triton.next_power_of_2(num_kv_heads),
             BLOCK_D=triton.next_power_of_2(head_dim),
             BLOCK_DV=triton.next_power_of_2(v_head_dim),
+            **overlap(k),
             num_warps=4,
         )

@@ -1,4 +1,5 @@
-"""Layers beside attention as torch sees them: `rms_norm`, `rotary` and `linear` of the namespace `hf_paged_flash`.
+"""Layers beside attention as torch sees them: `rms_norm`, `rotary`, `swiglu` and `linear` of the namespace
+`hf_paged_flash`.
 
 Arguments and results as in `hf_paged_flash.ops.reference_layers`. Without gradients.
 """
@@ -23,6 +24,7 @@ _library = Library("hf_paged_flash", "FRAGMENT")
 for _schema in (
     'rms_norm(Tensor x, Tensor weight, float eps, *, float offset=0.0, str casting_mode="llama") -> Tensor',
     "rotary(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor q_embed, Tensor k_embed)",
+    "swiglu(Tensor gate, Tensor up) -> Tensor",
     "linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -44,14 +46,20 @@ def _rotary_fake(q, k, cos, sin):
     return torch.empty_like(q), torch.empty_like(k)
 
 
+def _swiglu_fake(gate, up):
+    return gate.new_empty(gate.shape)
+
+
 def _linear_fake(x, weight, bias=None):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 register(_library, "rms_norm", partial(_run, "rms_norm"), _rms_norm_fake)
 register(_library, "rotary", partial(_run, "rotary"), _rotary_fake)
+register(_library, "swiglu", partial(_run, "swiglu"), _swiglu_fake)
 register(_library, "linear", partial(_run, "linear"), _linear_fake)
 
 rms_norm = torch.ops.hf_paged_flash.rms_norm.default
 rotary = torch.ops.hf_paged_flash.rotary.default
+swiglu = torch.ops.hf_paged_flash.swiglu.default
 linear = torch.ops.hf_paged_flash.linear.default

@@ -1,4 +1,4 @@
-"""Norms, rotary embeddings and linear layers in plain torch, as transformers' models write them."""
+"""Norms, rotary embeddings, gates and linear layers in plain torch, as transformers' models write them."""
 
 from __future__ import annotations
 
@@ -40,6 +40,15 @@ def rotary(
     """
     cos, sin = cos[:, None], sin[:, None]
     return _turned(q, cos, sin), _turned(k, cos, sin)
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, which takes gate's dtype after each of both.
+
+    Args:
+        gate, up: of one shape (..., N).
+    """
+    return F.silu(gate) * up
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

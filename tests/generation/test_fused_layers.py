@@ -1,4 +1,4 @@
-"""Norms, rotary embeddings and linear layers as one operator each, in generate(), where the code is the one known."""
+"""Norms, rotary embeddings, gates and linear layers as one operator each, in generate(), where their code is known."""
 
 import copy
 import functools
@@ -23,10 +23,10 @@ from tests.tiny_models import ragged_batch, tiny_config, tiny_model
 INPUT_IDS = torch.arange(3, 21).view(2, 9)
 # calls of each operator in a forward of three layers
 FUSED = {
-    "llama": {"rms_norm": 7, "rotary": 3},
-    "mistral": {"rms_norm": 7, "rotary": 3},
-    "deepseek_v3": {"rms_norm": 10},  # pairs beside each other are turned, not halves
-    "qwen3": {"rms_norm": 13, "rotary": 3},
+    "llama": {"rms_norm": 7, "rotary": 3, "swiglu": 3},
+    "mistral": {"rms_norm": 7, "rotary": 3, "swiglu": 3},
+    "deepseek_v3": {"rms_norm": 10, "swiglu": 3},  # pairs beside each other are turned, not halves
+    "qwen3": {"rms_norm": 13, "rotary": 3, "swiglu": 3},
     "gemma2": {"rms_norm": 13, "rotary": 3},
     "gemma3_text": {"rms_norm": 19, "rotary": 3},
     "phi3": {"rms_norm": 7, "rotary": 3},
@@ -52,7 +52,7 @@ def count_anew():
 
 def calls() -> dict[str, int]:
     counted = Counter(counters().reference) + Counter(counters().kernel)
-    return {name: counted[name] for name in ("rms_norm", "rotary", "linear") if counted[name]}
+    return {name: counted[name] for name in ("rms_norm", "rotary", "swiglu", "linear") if counted[name]}
 
 
 @torch.no_grad()
@@ -184,7 +184,7 @@ def test_modules_that_are_gone(llama):
         llama.model.norm = torch.nn.Identity()
         with fused_layers(llama), torch.no_grad():
             llama(input_ids=INPUT_IDS)
-    assert calls() == {"rms_norm": 6, "rotary": 3}
+    assert calls() == FUSED["llama"] | {"rms_norm": 6}
     assert not any("forward" in vars(module) for module in llama.modules())
 
 
@@ -198,6 +198,46 @@ def test_gradients_come_from_their_own_code(llama):
     with fused_layers(llama):
         llama(input_ids=INPUT_IDS, labels=INPUT_IDS).loss.backward()
     assert calls() == {} and llama.model.norm.weight.grad is not None
+
+
+class TestSwiglu:
+    @staticmethod
+    def mlp(model) -> torch.nn.Module:
+        return model.model.layers[1].mlp
+
+    def test_torchs_own_module(self, llama):
+        for layer in llama.model.layers:
+            layer.mlp.act_fn = torch.nn.SiLU(inplace=True)
+        own, fused = both(llama)
+        assert torch.equal(own, fused) and calls() == FUSED["llama"]
+
+    @pytest.mark.parametrize("what", ["another function", "another class", "a hook", "a hook before", "a forward"])
+    def test_other_activations(self, llama, what):
+        activation = self.mlp(llama).act_fn
+        if what == "another function":
+            self.mlp(llama).act_fn = torch.nn.GELU()
+        elif what == "another class":
+            activation.__class__ = type("Twice", (type(activation),), {"forward": lambda self, x: 2 * x})
+        elif what == "a hook":
+            activation.register_forward_hook(lambda module, args, output: 2 * output)
+        elif what == "a hook before":
+            activation.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+        else:
+            activation.forward = lambda x: 2 * x
+        own, fused = both(llama)
+        assert torch.equal(own, fused) and calls() == FUSED["llama"] | {"swiglu": 2}
+
+    def test_hooks_of_its_linear_layers(self, llama):
+        """They are called as ever, so that these may be of any kind."""
+        self.mlp(llama).gate_proj.register_forward_hook(lambda module, args, output: 2 * output)
+        own, fused = both(llama)
+        assert torch.equal(own, fused) and calls() == FUSED["llama"]
+
+    def test_factors_of_other_dtypes(self, llama):
+        self.mlp(llama).up_proj.register_forward_hook(lambda module, args, output: output.double())
+        self.mlp(llama).down_proj.double().register_forward_hook(lambda module, args, output: output.float())
+        own, fused = both(llama)
+        assert torch.equal(own, fused) and calls() == FUSED["llama"] | {"swiglu": 2}
 
 
 class TestLinear:
@@ -318,7 +358,7 @@ class TestWhatIsNotKnown:
         monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", lambda self, x: 2 * original(self, x))
         monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, *angles: (q, k))
         own, fused = both(llama)
-        assert torch.equal(own, fused) and calls() == {}
+        assert torch.equal(own, fused) and not {"rms_norm", "rotary"} & calls().keys()
 
     def test_a_norm_that_is_wrapped(self, llama, monkeypatch):
         """Its source is that of what it wraps."""
@@ -348,7 +388,7 @@ class TestWhatIsNotKnown:
             original = None
         monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", counted)
         own, fused = both(llama)
-        assert torch.equal(own, fused) and calls() == {"rms_norm": 7} | ({"rotary": 3} if holds else {})
+        assert torch.equal(own, fused) and calls().get("rotary", 0) == (3 if holds else 0)
         assert wrapped == [layer.self_attn for layer in llama.model.layers] * 2
 
     def test_another_rotary_embedding(self, llama, monkeypatch):

@@ -108,7 +108,7 @@ def representative() -> list[Case]:
     cases += [_forward(90, "fp16", 128, page_size=64, packed=True, **EVERYTHING)]
     cases += [_forward(90, "bf16", 128, causal=False)]
     cases += [Case(arch, op, "fp16", 128, page_size=16) for arch in (75, 90) for op in ("store_kv", "copy_blocks")]
-    cases += [Case(arch, op, "bf16", 128) for arch in (80, 90, 100) for op in ("rms_norm", "rotary")]
+    cases += [Case(arch, op, "bf16", 128) for arch in (80, 90, 100) for op in ("rms_norm", "rotary", "swiglu")]
     cases += [Case(arch, "linear", "bf16", 128, batch=rows) for arch in (80, 90, 100) for rows in (1, 2)]
     return cases + representative_backward()
 
@@ -150,14 +150,22 @@ def sweep() -> list[Case]:
             cases += [_decode(arch, dtype, d, batch=64, group=8, seqlen_q=2, **shape, **EVERYTHING)]
             cases += [_decode(arch, dtype, d, group=group, seqlen_q=16, **shape, **EVERYTHING) for group in (1, 2, 8)]
             cases += [Case(arch, "store_kv", dtype, d, page_size=16, **shape)]
-            cases += [Case(arch, op, dtype, d) for op in ("rms_norm", "rotary") if not dv]
+            cases += [Case(arch, op, dtype, d) for op in ("rms_norm", "rotary", "swiglu") if not dv]
             if dtype != "fp32" and not dv:
                 cases += [Case(arch, "linear", dtype, d, batch=rows) for rows in (1, 2)]
     return cases
 
 
 def _launch(case: Case) -> None:
-    """Calls the launcher on tensors without storage."""
+    """Calls the launcher on tensors without storage, as within a decode graph."""
+    from hf_paged_flash.kernels import launches
+
+    launches.can_overlap = lambda device: case.arch >= 10 * launches.LEAST_CAPABILITY[0]
+    with launches.overlapping_launches():
+        _call(case)
+
+
+def _call(case: Case) -> None:
     import torch
 
     from hf_paged_flash.kernels.copy_blocks import copy_blocks
@@ -168,6 +176,7 @@ def _launch(case: Case) -> None:
     from hf_paged_flash.kernels.rms_norm import rms_norm
     from hf_paged_flash.kernels.rotary import rotary
     from hf_paged_flash.kernels.store_kv import store_kv
+    from hf_paged_flash.kernels.swiglu import swiglu
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[case.dtype]
     batch, kv_heads, context = case.batch, 8, 8192
@@ -195,6 +204,8 @@ def _launch(case: Case) -> None:
         hidden = kv_heads * case.group * case.head_dim
         rms_norm(tensor(batch, 1, hidden), tensor(hidden), 1e-6)
         rms_norm(tensor(batch, 1, heads, case.head_dim), tensor(case.head_dim), 1e-6, offset=1.0, casting_mode="gemma")
+    elif case.op == "swiglu":
+        swiglu(tensor(batch, 1, 3 * case.head_dim), tensor(batch, 1, 3 * case.head_dim))
     elif case.op == "linear":
         hidden = kv_heads * case.group * case.head_dim
         linear(tensor(case.batch, 1, hidden), tensor(3 * hidden, hidden), tensor(3 * hidden))

@@ -169,6 +169,15 @@ def rms_norm(device: str) -> None:
         torch.testing.assert_close(out.cpu(), reference_layers.rms_norm(x, weight, 1e-6), rtol=1e-2, atol=1e-2)
 
 
+def swiglu(device: str) -> None:
+    from hf_paged_flash.kernels.swiglu import swiglu as launcher
+
+    for rows, width in ((3, 72), (1, 1024), (2, 3000)):
+        gate, up = _random(rows, width), _random(rows, width)
+        out = launcher(gate.to(device), up.to(device))
+        torch.testing.assert_close(out.cpu(), reference_layers.swiglu(gate, up), rtol=1e-2, atol=1e-2)
+
+
 def linear(device: str) -> None:
     from hf_paged_flash.kernels.linear import linear as launcher
 
@@ -248,8 +257,8 @@ def hopper_handover(device: str) -> None:
 
 
 PORTABLE = (
-    forward, paged_forward, paged_decode, store_kv, copy_blocks, rms_norm, rotary, linear, backward,
-    modified_backward,
+    forward, paged_forward, paged_decode, store_kv, copy_blocks, rms_norm, rotary, swiglu, linear,
+    backward, modified_backward,
 )  # fmt: skip
 CASES = {case.__name__: case for case in (*PORTABLE, hopper_forward, hopper_backward, hopper_handover)}
 
