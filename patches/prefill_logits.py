@@ -14,21 +14,30 @@ from hf_paged_flash.patches.base import Patch, cache_name
 
 def _prefill(original, self, input_ids, generation_config, model_kwargs, *args, **kwargs):
     from hf_paged_flash.cache import PagedCache
-    from hf_paged_flash.cache.forward_step import on_host, to_device
-    from hf_paged_flash.generation.packed_prefill import check_new_tokens
+    from hf_paged_flash.cache.forward_step import reading_once
 
     cache, mask = model_kwargs.get(cache_name(model_kwargs)), model_kwargs.get("attention_mask")
     if isinstance(cache, PagedCache):
         _check_fits(input_ids, model_kwargs)
     if not isinstance(cache, PagedCache) or mask is None or mask.dim() != 2:
         return original(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
-    new = on_host(mask)[:, cache.get_seq_length() :]  # waits for the device, this once
-    if bool(new[:, -1:].all()):
-        return original(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
+    with reading_once(mask) as on_host:  # waits for the device, this once
+        new = on_host[:, cache.get_seq_length() :]
+        if bool(new[:, -1:].all()):
+            return original(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
+        return _from_last_tokens(original, new, self, input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+
+def _from_last_tokens(original, new: torch.Tensor, self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+    """`original`'s outputs for the last token of each row of `new`, bool (B, columns) on the host."""
+    from hf_paged_flash.cache.forward_step import to_device
+    from hf_paged_flash.generation.packed_prefill import check_new_tokens
+
     check_new_tokens(new)
+    device = model_kwargs["attention_mask"].device
     last = (torch.arange(new.shape[1]) * new).argmax(1)  # each row's last token
     kept, index = torch.unique(last, return_inverse=True)
-    last, kept, index = (to_device(x.numpy(), mask.device) for x in (last, kept, index))
+    last, kept, index = (to_device(x.numpy(), device) for x in (last, kept, index))
     logits_to_keep = model_kwargs.get("logits_to_keep")
     if logits_to_keep is not None:
         model_kwargs["logits_to_keep"] = kept

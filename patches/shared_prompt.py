@@ -75,12 +75,14 @@ def _computes_once(model, cache, unexpanded: _Unexpanded | None, model_kwargs: d
 
 def _prefill(original, self, input_ids, generation_config, model_kwargs, *args, **kwargs):
     cache, unexpanded = model_kwargs.get(cache_name(model_kwargs)), getattr(input_ids, "unexpanded", None)
-    if unexpanded is not None:
-        del input_ids.unexpanded  # the prompt's inputs need not live as long as the ids
     if not _computes_once(self, cache, unexpanded, model_kwargs):
-        return original(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
+        outputs = original(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
+        if unexpanded is not None:
+            del input_ids.unexpanded  # the prompt's inputs need not live as long as the ids
+        return outputs
     once = model_kwargs | {name: value for name, value in unexpanded.kwargs.items() if name not in _OF_ALL_ROWS}
     outputs = original(self, unexpanded.input_ids, generation_config, once, *args, **kwargs)
+    del input_ids.unexpanded
     cache.batch_repeat_interleave(unexpanded.times)
     for name in _PER_ROW:
         if outputs.get(name) is not None:

@@ -1,9 +1,11 @@
 """register() and unregister(): the name "paged_flash" in transformers, what it reaches, and how it leaves again."""
 
+import copy
 import subprocess
 import sys
 import warnings
 from functools import wraps
+from unittest import mock
 
 import pytest
 import torch
@@ -192,13 +194,14 @@ class TestUndo:
         program = """
 import transformers
 from transformers import AttentionInterface, AttentionMaskInterface, EncoderDecoderCache, GenerationMixin
-from transformers import PreTrainedModel, masking_utils, modeling_flash_attention_utils as flash_utils
+from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
+from transformers import modeling_flash_attention_utils as flash_utils
 from transformers.generation.continuous_batching.continuous_api import ContinuousMixin
 from transformers.generation.utils import DeferredStopCheck
 from transformers.models.hrm_text import configuration_hrm_text, modeling_hrm_text
 from transformers.models.pixtral import modeling_pixtral
 owners = [flash_utils, GenerationMixin, PreTrainedModel, ContinuousMixin, masking_utils, modeling_pixtral]
-owners += [EncoderDecoderCache, DeferredStopCheck, configuration_hrm_text, modeling_hrm_text]
+owners += [EncoderDecoderCache, DeferredStopCheck, PreTrainedConfig, configuration_hrm_text, modeling_hrm_text]
 def state():
     return [dict(vars(owner)) for owner in owners] + [
         dict(AttentionInterface._global_mapping), dict(AttentionMaskInterface._global_mapping)
@@ -465,6 +468,16 @@ class TestGenerate:
         mask[1] = 0
         with pytest.raises(hf_paged_flash.ArgumentError, match="leaves row 1 without a new token"):
             generate(model, input_ids, mask)
+
+    def test_options_on_the_config_are_refused_as_ever(self, model):
+        """Before 5.24 transformers looks for them with a config of defaults, which is built no more without any."""
+        config = copy.deepcopy(model.config)
+        assert config._get_generation_parameters() == {}
+        config.temperature = 0.5
+        assert config._get_generation_parameters() == {"temperature": 0.5}
+        built = []
+        with mock.patch.object(type(config), "__init__", lambda self, *args, **kwargs: built.append(self)):
+            assert model.config._get_generation_parameters() == {} and not built
 
     def test_output_attentions_is_refused(self, model):
         with pytest.raises(UnsupportedFeatureError, match='output_attentions=True.*attn_implementation="eager"'):

@@ -1,7 +1,8 @@
 """What one forward adds to the cache: computed once, read by every layer."""
 
 import threading
-import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -14,20 +15,24 @@ def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-_read = threading.local()  # `mask`: a weak reference to what `on_host` got last, its version, and what it returned
+_here = threading.local()  # `read`: the mask within `reading_once`, and what it is on the host
+
+
+@contextmanager
+def reading_once(mask: torch.Tensor) -> Iterator[torch.Tensor]:
+    """`mask` as bool on the host, which `on_host` gives back within; a prefill looks at its mask in several places."""
+    around = getattr(_here, "read", None)
+    _here.read = mask, on_host(mask)
+    try:
+        yield _here.read[1]
+    finally:
+        _here.read = around
 
 
 def on_host(mask: torch.Tensor) -> torch.Tensor:
-    """`mask` as bool on the host, to read. Waits for the device, but not for a mask that it was asked for just before.
-
-    The prefill of one `generate()` looks at its mask in several places.
-    """
-    version = None if mask.is_inference() else mask._version
-    reference, known, read = getattr(_read, "mask", (None, None, None))
-    if version is None or reference is None or reference() is not mask or known != version:
-        read = mask.cpu().bool()
-        _read.mask = weakref.ref(mask), version, read
-    return read
+    """`mask` as bool on the host, to read. Waits for the device, but within `reading_once`."""
+    known, read = getattr(_here, "read", None) or (None, None)
+    return read if known is mask else mask.cpu().bool()
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Norms, rotary embeddings, gates of MLPs and small matrix products as one kernel each, while `generate()` runs.
 
-A model writes the first two out operator by operator, some 25 a layer. In a decode step each takes longer to start
+A model writes the first three out operator by operator, some 25 a layer. In a decode step each takes longer to start
 than to run, of a long prompt each moves the hidden states through memory once more. For a single row torch's matrix
 products read their weights as fast as the memory allows only where these are large.
 """

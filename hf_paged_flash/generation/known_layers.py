@@ -242,7 +242,9 @@ def _is_silu(activation: Any) -> bool:
     """Whether it is that and no more: it is not called where its operator runs."""
     if type(activation) not in _SILUS or not runs_its_class(activation):
         return False
-    return not (activation._forward_hooks or activation._forward_pre_hooks)
+    of_all = torch.nn.modules.module
+    hooks = activation._forward_hooks, activation._forward_pre_hooks
+    return not any((*hooks, of_all._global_forward_hooks, of_all._global_forward_pre_hooks))
 
 
 @cache

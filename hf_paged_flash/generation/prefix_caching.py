@@ -19,7 +19,7 @@ from ..cache import PagedCache
 from ..cache.forward_step import on_host
 from ..cache.prompt_row import Media, PromptRow
 from ..errors import ArgumentError
-from .looking import Look, ModuleState, glance_at, look_at, looking_once, names_of
+from .looking import Look, ModelChanged, ModuleState, confirm, glance_at, look_at, looking_once, names_of
 from .media import PLACES, has_contents, media_of, without_media
 from .packable import NotPacked, of_rows, why_not_these, why_padded
 from .packed_rows import packed_draft
@@ -227,7 +227,10 @@ def prefill(
         ArgumentError: a mask, or positions, of more columns than the prompts.
     """
     cache.prompts = None
-    if not all(look.holds() for look in seen_for(cache)):  # outside of a decode loop nobody confirms it
+    try:
+        with looking_once(*seen_for(cache), confirmed=False):
+            confirm(model)
+    except ModelChanged:  # outside of a decode loop, which has confirmed it or will
         begin_rows(cache, model)
     if cache.columns or generation_config.is_assistant:
         return run(model_kwargs)  # a forward of the user's, or one round of an assistant, began these rows

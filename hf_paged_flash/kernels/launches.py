@@ -34,10 +34,11 @@ def overlapping_launches() -> Iterator[None]:
 def overlap(x: torch.Tensor) -> dict[str, bool]:
     """Arguments of a launch on the device of `x`, of a kernel that calls `let_next_start` and `wait_for_previous`."""
     overlaps = getattr(_here, "overlaps", False) and can_overlap(x.device)
-    return {"PDL": overlaps, "launch_pdl": overlaps}
+    return {"PDL": True, "launch_pdl": True} if overlaps else {"PDL": False}
 
 
 @cache
 def can_overlap(device: torch.device) -> bool:
     """Whether the GPU has programmatic dependent launch."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return is_nvidia and torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY

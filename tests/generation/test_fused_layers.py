@@ -227,6 +227,17 @@ class TestSwiglu:
         own, fused = both(llama)
         assert torch.equal(own, fused) and calls() == FUSED["llama"] | {"swiglu": 2}
 
+    def test_hooks_of_all_modules(self, llama):
+        def twice(module, args, output):
+            return 2 * output if module is self.mlp(llama).act_fn else None
+
+        handle = torch.nn.modules.module.register_module_forward_hook(twice)
+        try:
+            own, fused = both(llama)
+        finally:
+            handle.remove()
+        assert torch.equal(own, fused) and "swiglu" not in calls()
+
     def test_hooks_of_its_linear_layers(self, llama):
         """They are called as ever, so that these may be of any kind."""
         self.mlp(llama).gate_proj.register_forward_hook(lambda module, args, output: 2 * output)

@@ -448,6 +448,27 @@ def test_changes_beside_weights_are_noticed(models, change, own):
     assert cache.memory().prefix_tokens_hit == 3 * BLOCK
 
 
+def _prefill_alone(model, input_ids, logits_processor, stopping_criteria, generation_config, **inputs):
+    """Decoding of the user's own, without one of transformers' loops."""
+    for name in ("synced_gpus", "streamer"):
+        inputs.pop(name, None)
+    logits = model._prefill(input_ids, generation_config, inputs).logits
+    return torch.cat([input_ids, logits[:, -1:].argmax(-1)], 1)
+
+
+def test_changes_before_decoding_of_ones_own_are_noticed(models):
+    eager, paged = (copy.deepcopy(model) for model in models("llama"))
+    options = {"past_key_values": PagedCache(paged.config, prefix_caching=True), "custom_generate": _prefill_alone}
+    prompt = text(60, 1)[None]
+    for epsilon in (1e-6, 10.0):
+        for model in (eager, paged):
+            model.model.layers[1].input_layernorm.variance_epsilon = epsilon
+        expected = eager.generate(prompt, do_sample=False, max_new_tokens=1)
+        for _ in range(2):
+            assert torch.equal(paged.generate(prompt, **options), expected)
+    assert options["past_key_values"].memory().prefix_tokens_hit == 2 * 3 * BLOCK, "once for each epsilon"
+
+
 def _pruned(model):
     prune.l1_unstructured(model.model.layers[0].self_attn.v_proj, "weight", 0.3)
 

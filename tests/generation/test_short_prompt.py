@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hf_paged_flash import CacheFullError, PagedCache, disable_prefix_caching, enable_prefix_caching
 from hf_paged_flash.cache import elastic_memory
-from hf_paged_flash.generation import decode_graph
+from hf_paged_flash.generation import decode_graph, decode_loop
 from hf_paged_flash.generation.short_prompt import length_of
 from tests.cache.fake_driver import FakeDriver
 from tests.generation.recorder import Recorder
@@ -249,6 +249,25 @@ def test_a_model_that_changes_between_calls(change, cached, prompts, monkeypatch
         assert cache.memory().prefix_tokens_hit == hit, "keys of another model"
     for seed in range(4):
         check(seed)
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"do_sample": True, "top_k": 0, "num_return_sequences": 3}],
+                         ids=["beams", "samples"])  # fmt: skip
+def test_rows_alike_are_computed_once_after_a_change_too(options, prompts, monkeypatch):
+    paged, eager = (tiny_model(tiny_config("llama"), name) for name in ("paged_flash", "eager"))
+    rows, seen = ragged_batch([20, 9], "left"), []
+    monkeypatch.setattr(decode_loop, "length_of", lambda counts: (seen.append(len(counts)), length_of(counts))[1])
+    for call in range(6):
+        if call == 4:
+            assert prompts[-1] == "replay"
+            for model in (paged, eager):
+                _swap(model)
+        results = []
+        for model in (eager, paged):
+            torch.manual_seed(4)
+            results.append(generate(model, *rows, **options))
+        assert torch.equal(*results)
+    assert seen == [2] * 7, "once more where the model has changed"
 
 
 def test_a_model_that_changes_between_turns(prompts):
