@@ -28,14 +28,16 @@ def _in_decode_loop(**traits):
         if traits.get("begins_with_prefill"):
             _check_begins(cache, input_ids, kwargs)
         options = traits | {"synced_gpus": synced_gpus}
-        while True:
-            try:
-                with decode_loop(self, cache, generation_config, stopping_criteria, **options) as (model, criteria):
-                    return original(
-                        model, input_ids, logits_processor, criteria, generation_config, synced_gpus, **kwargs
-                    )
-            except ModelChanged:  # since the last call; nothing was generated yet
-                begin_anew(cache, self)
+
+        def run(**options):
+            with decode_loop(self, cache, generation_config, stopping_criteria, **options) as (model, criteria):
+                return original(model, input_ids, logits_processor, criteria, generation_config, synced_gpus, **kwargs)
+
+        try:
+            return run(**options)
+        except ModelChanged:  # since the last call; no token was chosen yet
+            begin_anew(cache, self)
+        return run(**options, glances=False)
 
     return decode
 

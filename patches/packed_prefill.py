@@ -15,7 +15,7 @@ from hf_paged_flash.patches.base import Patch, cache_name
 
 def _prefill(original, self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
     from hf_paged_flash.cache import PagedCache
-    from hf_paged_flash.generation.decode_loop import fuse_layers
+    from hf_paged_flash.generation.decode_loop import prepare_model
     from hf_paged_flash.generation.packed_prefill import packed_prefill
 
     cache = model_kwargs.get(cache_name(model_kwargs))
@@ -24,6 +24,7 @@ def _prefill(original, self, input_ids, generation_config, model_kwargs, is_firs
     outputs = packed_prefill(self, input_ids, cache, generation_config, model_kwargs, is_first_iteration)
     if outputs is not None:
         return outputs
+    prepare_model(self, cache)
     mask = model_kwargs.get("attention_mask")
     is_chunked = generation_config.prefill_chunk_size is not None
     if is_chunked and cache.columns and mask is not None and Version(transformers.__version__) < Version("5.24.0"):
@@ -36,7 +37,6 @@ def _prefill(original, self, input_ids, generation_config, model_kwargs, is_firs
             "right-padded prompts of this model can't be prefilled in chunks (`prefill_chunk_size`), a row may end in "
             'any of them: pad on the left (`tokenizer.padding_side = "left"`)'
         )
-    fuse_layers(self, cache)
     return original(self, input_ids, generation_config, model_kwargs, is_first_iteration)
 
 

@@ -234,7 +234,7 @@ class PageGroup(StoredRows):
     def current_step(self, device: torch.device) -> ForwardStep:
         """The step under way; where rows have moved since, one of no new columns, to read what is stored."""
         if self.step is None:
-            self._cache_seqlens = self.cache_seqlens.to(device)
+            self._cache_seqlens, self._device = self.cache_seqlens.to(device), device
             self._block_table = to_device(self.manager.table, device)
             self.step = ForwardStep(
                 start=self.columns,

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import CompileConfig, GenerationConfig, PreTrainedModel, StoppingCriteriaList
+from transformers import CompileConfig, GenerationConfig, GenerationMixin, PreTrainedModel, StoppingCriteriaList
 from transformers.utils import ModelOutput, logging
 
 from .. import backend
@@ -23,7 +23,7 @@ from .capturable import NotCapturable, obstacle
 from .compiled_forward import CompileSettings
 from .decode_graph import PROMPT, STEP, DecodeGraphs, forget, graphs_of
 from .fused_layers import fused_layers
-from .looking import confirm, glance_at, looking_once
+from .looking import confirm, glance_at, look_at, looking_once
 from .prefix_caching import first_forward, seen_for
 from .short_prompt import last_columns, length_of
 
@@ -64,6 +64,7 @@ def decode_loop(
     begins_with_prefill: bool = False,
     keeps_logits: bool = False,
     pads_finished_rows: bool = False,
+    glances: bool = True,
 ) -> Iterator[tuple[PreTrainedModel, StoppingCriteriaList]]:
     """Within it a loop calls the model that it yields, with a token or a few more of each row at a time.
 
@@ -74,9 +75,10 @@ def decode_loop(
         keeps_logits: the loop goes on using what a call returned after the next one.
         pads_finished_rows: where a criterion has an end of sequence, the loop does not look at what the model says of
             rows that one has stopped.
+        glances: what may have changed of the model since the last call is looked at while a prompt's graph runs.
 
     Raises:
-        ModelChanged: at its begin or in the first forward, before anybody has seen what came of it: begin anew.
+        ModelChanged: it `glances`, and the model has changed. Begin anew without: no token was chosen yet.
     """
     first, seen, outer = model, seen_for(cache), getattr(_here, "loop", None)
     if begins_with_prefill and isinstance(cache, PagedCache) and cache.prefixes is not None:
@@ -86,8 +88,8 @@ def decode_loop(
     if reason is not None and (backend.graphs() or generation_config.compile_config is not None):
         _tell(reason, generation_config)
     if not seen and graphs is not None and outer is None:  # an assistant's loop begins anew with each draft
-        seen = (glance_at(model),)
-    with looking_once(*seen, confirmed=False):
+        seen = (glance_at(model) if glances else look_at(model),)
+    with looking_once(*seen, confirmed=not glances):
         if graphs is None or reason is not None:
             if not backend.graphs():
                 forget(model)
@@ -95,8 +97,8 @@ def decode_loop(
             with fused_layers(model) if graphs is not None and outer is None else nullcontext():
                 yield (model if first is model else _InLoop(model, _begin_with(first, model))), stopping_criteria
             return
-        if begins_with_prefill:
-            confirm(model)
+        if begins_with_prefill or getattr(model._prefill, "__func__", None) is not GenerationMixin._prefill:
+            confirm(model)  # nobody would before the first token
         graphs.lend_addresses(cache)
         loop = _Loop(model, cache, generation_config, graphs, keeps_logits, outer)
         call = _begin_with(partial(loop.run, first), loop.forward) if begins_with_prefill else loop.forward
@@ -124,10 +126,10 @@ def loop_of(model: PreTrainedModel, cache: object) -> "_Loop | None":
     return loop if loop is not None and loop.is_of(model, cache) else None
 
 
-def fuse_layers(model: PreTrainedModel, cache: object) -> None:
-    """Before a prefill of `cache` that runs in Python: puts in `fused_layers` until its loop ends."""
+def prepare_model(model: PreTrainedModel, cache: object) -> None:
+    """Before a prefill of `cache` that runs in Python, see `_Loop.prepare_model`; may raise ModelChanged."""
     if (loop := loop_of(model, cache)) is not None:
-        loop.fuse_layers()
+        loop.prepare_model()
 
 
 def _is_paged(cache: object) -> bool:
@@ -233,28 +235,31 @@ class _Loop:
         self.finished = _FinishedRows()
         self._outer = outer
         self._assistants: set[DecodeGraphs] = set()  # whose models have been looked at
-        self._fused: ExitStack | None = None  # around forwards that run in Python, once there is one
+        self._fused, self._is_fused = ExitStack(), False  # around forwards that run in Python, once there is one
 
     def close(self) -> None:
-        if self._fused is not None:
+        try:
             self._fused.close()
-        if self._is_open:
-            try:
+            if self._is_open:
                 self._cache.groups.own_tensors()  # a graph's are written to by the next generate()
-            finally:
+        finally:
+            if self._is_open:
                 self._graphs.lock.release()
         self._graphs.note(self._cache)
 
-    def fuse_layers(self) -> None:
-        """Puts in `fused_layers` until the loop ends, if it is no assistant's."""
+    def prepare_model(self) -> None:
+        """Before a forward that runs in Python: confirms the model, and fuses its layers until the loop ends.
+
+        Not those of an assistant, whose loop begins anew with each draft.
+        """
         confirm(self._model)
-        if self._outer is None and self._fused is None:
-            self._fused = ExitStack()
+        if self._outer is None and not self._is_fused:
+            self._is_fused = True
             self._fused.enter_context(fused_layers(self._model))
 
     def run(self, forward: Callable, *args, **inputs) -> ModelOutput:
-        """`forward`, that of the model perhaps, as it is."""
-        self.fuse_layers()
+        """A forward in Python."""
+        self.prepare_model()
         return forward(*args, **inputs)
 
     def forward(self, *args, **inputs) -> ModelOutput:
@@ -338,6 +343,7 @@ class _Loop:
                 reason = "a generate() of another thread uses its graphs"
         self._is_open = reason is None
         if reason is not None:
+            confirm(self._model)  # it may be a reason no more
             _tell(reason, self._config)
             return
         self._graphs.thread = threading.get_ident()

@@ -1,6 +1,7 @@
 """Layers whose code is, word for word, one that is known, and what runs in its place: one operator for all of it.
 
-It rounds every product as their own code does; sums may differ in their last bits, and the root of a norm's.
+It rounds every product as their own code does; sums may differ in their last bits, the root of a norm's, and the
+exponential of a gate.
 """
 
 import ast
@@ -16,13 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers.activations import ACT2FN
 
 from ..ops import layers
 from .looking import runs_its_class, stand_in
 
 _ROTARY = "apply_rotary_pos_emb"
-_SILUS = {nn.SiLU, type(ACT2FN["silu"])}
 _here = threading.local()  # `own`: within `own_layers`, `captured`: within `captured_layers`
 
 
@@ -125,6 +124,16 @@ class _GatedMlp:
         return down_proj
 
 
+class _Silu:
+    def forward(self, input):
+        return nn.functional.silu(input)
+
+
+class _TorchSilu:
+    def forward(self, input):
+        return F.silu(input, inplace=self.inplace)
+
+
 class _Linear:
     def forward(self, input):
         return F.linear(input, self.weight, self.bias)
@@ -202,6 +211,11 @@ def _norms() -> dict[tuple, _Norm]:
 
 
 @cache
+def _silus() -> set[str | None]:
+    return {_code_of(_Silu.forward), _code_of(_TorchSilu.forward)}
+
+
+@cache
 def _rotaries() -> dict[str | None, tuple[str, str | None, bool]]:
     """By code: the function that it calls, that one's code, and whether angles are those of half a head."""
     halves = ("rotate_half", _code_of(_rotate_half), False)
@@ -240,7 +254,9 @@ def _gated_forward(original: Callable) -> Callable:
 
 def _is_silu(activation: Any) -> bool:
     """Whether it is that and no more: it is not called where its operator runs."""
-    if type(activation) not in _SILUS or not runs_its_class(activation):
+    is_torchs = getattr(F.silu, "__globals__", None) is vars(F)  # libraries put in functions of their own
+    code = _code_of(getattr(type(activation), "forward", None))
+    if not is_torchs or code not in _silus() or not runs_its_class(activation):
         return False
     of_all = torch.nn.modules.module
     hooks = activation._forward_hooks, activation._forward_pre_hooks
@@ -345,6 +361,7 @@ def _are_multiplied(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
         _are_known(*tensors)
         and x.dtype.itemsize == 2
         and all(tensor.dtype == x.dtype and tensor.layout is torch.strided for tensor in tensors)
+        and type(weight) is nn.Parameter  # nothing that a forward computes: its kernel is read early
         and weight.dim() == 2
         and weight.shape[1] == x.shape[-1]
         and weight.numel() >= layers.LEAST_WEIGHTS

@@ -27,7 +27,7 @@ Told = TypeVar("Told")
 _OF_MODULES = tuple(vars(nn.Module()))
 _NOT_LOOKED_AT = {*_OF_MODULES, MOVED, "_output_capturing_hooks_installed"}
 _DICTS = ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
-_DICTS_OF, _HELD = itemgetter(*_DICTS), itemgetter(*_DICTS[:3])
+_DICTS_OF, _HELD, _HOOKS = itemgetter(*_DICTS), itemgetter(*_DICTS[:3]), itemgetter(*_DICTS[3:])
 _TRAINING = methodcaller("get", "training")
 _MOST_ITEMS = 256  # layers have fewer, labels have more
 _PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
@@ -59,6 +59,7 @@ class Look:
         self.tensors, self.places = list(map(weakref.ref, tensors)), places_of(tensors)
         self._parts = list({id(part): part for look in self._looks for part in look.parts}.values())
         self._configs = [(config, _attributes(config)) for config in _configs(modules)]
+        self._hooks = [id(hook) for module in modules for hooks in _HOOKS(vars(module)) for hook in hooks.values()]
         self._told: dict[Callable, Any] = {}
 
     def holds(self) -> bool:
@@ -81,10 +82,15 @@ class Look:
         """Whether the model, which `is_there`, is still made of that and has the same plain values."""
         modules = [reference() for reference in self._modules]
         return (
-            _identities(modules, self._skipped) == self._identities
+            None not in modules
+            and _identities(modules, self._skipped) == self._identities
             and all([of.forward is forward for of, forward in self._forwards.items()])
             and all([_attributes(config) == told for config, told in self._configs])
         )
+
+    def is_like(self, other: "Look") -> bool:
+        """Whether forwards compute the same by both: what stands in for a forward for a while is no difference."""
+        return self.fingerprint == other.fingerprint and self._hooks == other._hooks
 
     def of(self, tell: Callable[[PreTrainedModel], Told]) -> Told:
         """`tell(model)`, which depends on nothing that may change while the look holds."""
@@ -244,7 +250,10 @@ def glance_at(model: PreTrainedModel) -> Look:
 
 @contextmanager
 def looking_once(*seen: Look, confirmed: bool = True) -> Iterator[None]:
-    """Within it, in this thread, models are taken to stay as they were when they were looked at first, or `seen`."""
+    """Within it, in this thread, models are taken to stay as they were when they were looked at first, or `seen`.
+
+    Those `seen` at a glance are not `confirmed`; whoever relies on them calls `confirm`.
+    """
     around = getattr(_here, "once", None), getattr(_here, "unconfirmed", None)
     _here.once = {look.model_id: look for look in seen}
     _here.unconfirmed = {} if confirmed else dict(_here.once)
@@ -257,8 +266,10 @@ def looking_once(*seen: Look, confirmed: bool = True) -> Iterator[None]:
 def confirm(model: PreTrainedModel) -> None:
     """Raises ModelChanged unless `model` is what `looking_once` has taken it for; it asks once."""
     look = (getattr(_here, "unconfirmed", None) or {}).pop(id(model), None)
-    if look is not None and not look.is_unchanged():
-        _looks.pop(model, None)
+    if look is None or look.holds():
+        return
+    now = _looks[model] = Look(model)
+    if not now.is_like(look):
         raise ModelChanged
 
 

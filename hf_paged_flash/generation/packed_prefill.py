@@ -11,7 +11,7 @@ from transformers.utils import ModelOutput
 from ..cache import PagedCache
 from ..cache.forward_step import on_host
 from ..errors import ArgumentError
-from .decode_loop import fuse_layers, loop_of
+from .decode_loop import loop_of, prepare_model
 from .media import has_contents, of_tokens
 from .packable import NotPacked, why_not_these, why_padded
 from .packed_rows import run_packed
@@ -74,7 +74,7 @@ def packed_prefill(
     outputs = None if loop is None or has_images else loop.prefill(inputs, mask)
     if outputs is not None or not is_padded:
         return outputs
-    fuse_layers(model, cache)
+    prepare_model(model, cache)
     return run_packed(model, inputs, cache, mask, chunk_size)
 
 

@@ -108,9 +108,13 @@ def _glance_for(cache: PagedCache, model: PreTrainedModel) -> tuple[Look, bool]:
 
 
 def begin_anew(cache: object, model: PreTrainedModel) -> None:
-    """Begins the rows of `cache` again, if it keeps prefixes: what it knows may be of what `model` was."""
-    if isinstance(cache, PagedCache) and cache.prefixes is not None:
+    """Leaves nothing in `cache` of what `model` was thought to be, where no earlier call has filled it."""
+    if not isinstance(cache, PagedCache):
+        return
+    if cache.prefixes is not None:
         begin_rows(cache, model)
+    elif not cache.columns:
+        cache.reset()  # its layers were made ready for another model's keys, perhaps
 
 
 def seen_for(cache: object) -> tuple[Look, ...]:

@@ -23,9 +23,9 @@ def _linear_kernel(
     K,
     ROWS: tl.constexpr,
     EVEN_K: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Out = X Weight^T + Bias of ROWS rows, 1 or 2; products and sums in fp32.
 

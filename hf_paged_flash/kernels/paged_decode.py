@@ -60,11 +60,11 @@ def _paged_decode_kernel(
     PRECISION: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     TILES_M: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Split `s` of row b and KV head h: O_s = softmax(S_s) V_s and lse_s over its share of the keys.
 
@@ -163,9 +163,9 @@ def _reduce_splits_kernel(
     num_splits,
     V_HEAD_DIM: tl.constexpr,
     HAS_SINK: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """O = sum_s exp(lse_s - lse) O_s with lse = ln sum_s exp(lse_s), a sink added to the sum.
 

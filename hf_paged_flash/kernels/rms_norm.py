@@ -17,8 +17,8 @@ def _rms_norm_kernel(
     OFFSET: tl.constexpr,
     ROUNDS_FIRST: tl.constexpr,
     N: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """Out = X / sqrt(mean(X^2) + eps) * (OFFSET + Weight), each row by itself, in fp32 (Zhang, Sennrich 2019).
 

@@ -39,10 +39,10 @@ def _rotary_kernel(
     K_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     ROTARY_DIM: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_REST: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Out = [x1 cos - x2 sin, x2 cos + x1 sin, rest], x1 and x2 the halves of the first ROTARY_DIM (Su et al. 2021).
 

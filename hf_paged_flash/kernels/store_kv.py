@@ -34,10 +34,10 @@ def _store_kv_kernel(
     HEAD_DIM: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """KCache[slot // PAGE_SIZE, slot % PAGE_SIZE] = K[b, s], V likewise, for token b * seqlen + s; slot -1 is skipped.
 

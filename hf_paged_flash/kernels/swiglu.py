@@ -11,7 +11,7 @@ _BLOCK = 1024
 
 
 @triton.jit
-def _swiglu_kernel(Gate, Up, Out, stride_gate, stride_up, N, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _swiglu_kernel(Gate, Up, Out, stride_gate, stride_up, N, PDL: tl.constexpr, BLOCK: tl.constexpr):
     """Out = Gate / (1 + exp(-Gate)) * Up (Shazeer 2020), in fp32; the first factor takes Out's dtype in between.
 
     Gate, Up (rows, N), columns contiguous, Out (rows, N) contiguous. Grid (rows, cdiv(N, BLOCK)).

@@ -227,6 +227,22 @@ class TestSwiglu:
         own, fused = both(llama)
         assert torch.equal(own, fused) and calls() == FUSED["llama"] | {"swiglu": 2}
 
+    @pytest.mark.parametrize("own", [True, False], ids=["torch's", "transformers'"])
+    def test_a_class_that_others_have_changed(self, llama, monkeypatch, own):
+        if own:
+            for layer in llama.model.layers:
+                layer.mlp.act_fn = torch.nn.SiLU()
+        activation = type(self.mlp(llama).act_fn)
+        monkeypatch.setattr(activation, "forward", lambda self, input: 2 * input)
+        fused = both(llama)
+        assert torch.equal(*fused) and "swiglu" not in calls()
+
+    def test_another_function_in_torch(self, llama, monkeypatch):
+        silu = torch.nn.functional.silu
+        monkeypatch.setattr(torch.nn.functional, "silu", functools.wraps(silu)(lambda x, inplace=False: 2 * silu(x)))
+        fused = both(llama)
+        assert torch.equal(*fused) and "swiglu" not in calls()
+
     def test_hooks_of_all_modules(self, llama):
         def twice(module, args, output):
             return 2 * output if module is self.mlp(llama).act_fn else None

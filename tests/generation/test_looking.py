@@ -12,7 +12,8 @@ from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hf_paged_flash import configure
-from hf_paged_flash.generation.looking import look_at, looking_once
+from hf_paged_flash.generation.fused_layers import fused_layers
+from hf_paged_flash.generation.looking import ModelChanged, confirm, glance_at, look_at, looking_once
 from tests.tiny_models import tiny_config
 
 
@@ -153,6 +154,38 @@ def test_what_was_told_lasts_as_long_as_the_look(model):
     assert [look_at(model).of(tell) for _ in range(2)] == [1, 1]
     model.lm_head.train()
     assert look_at(model).of(tell) == 2
+
+
+def test_a_glance_is_confirmed_once(model):
+    look = look_at(model)
+    assert glance_at(model) is look
+    model.model.layers[0].self_attn.scaling = 0.5
+    assert glance_at(model) is look and not look.holds()
+    with looking_once(look, confirmed=False):
+        with pytest.raises(ModelChanged):
+            confirm(model)
+        confirm(model)  # by now it is known
+    with looking_once(look):
+        confirm(model)
+    assert look_at(model) is not look
+
+
+@pytest.mark.parametrize("change", ["a weight", "a weight's memory", "a dtype"])
+def test_a_glance_sees_what_a_graph_reads(model, change):
+    look = look_at(model)
+    CHANGES[change](model)
+    assert glance_at(model) is not look
+
+
+def test_what_stands_in_is_no_change(model):
+    """As put in by another thread; hooks are one."""
+    look = look_at(model)
+    with looking_once(look, confirmed=False), fused_layers(model):
+        confirm(model)
+    look = look_at(model)
+    model.model.norm.register_forward_hook(lambda module, args, output: output)
+    with looking_once(look, confirmed=False), pytest.raises(ModelChanged):
+        confirm(model)
 
 
 def test_looking_once(model):

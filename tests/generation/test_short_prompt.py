@@ -5,12 +5,19 @@ import gc
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from hf_paged_flash import CacheFullError, PagedCache, disable_prefix_caching, enable_prefix_caching
+from hf_paged_flash import (
+    CacheFullError,
+    PagedCache,
+    UnsupportedFeatureError,
+    disable_prefix_caching,
+    enable_prefix_caching,
+)
 from hf_paged_flash.cache import elastic_memory
 from hf_paged_flash.generation import decode_graph, decode_loop
+from hf_paged_flash.generation.looking import ModelChanged
 from hf_paged_flash.generation.short_prompt import length_of
 from tests.cache.fake_driver import FakeDriver
 from tests.generation.recorder import Recorder
@@ -270,12 +277,87 @@ def test_rows_alike_are_computed_once_after_a_change_too(options, prompts, monke
     assert seen == [2] * 7, "once more where the model has changed"
 
 
-def test_a_model_that_changes_between_turns(prompts):
+def test_a_model_that_changes_in_each_call(prompts):
+    """It runs, with one attempt more."""
+    paged, eager = (tiny_model(tiny_config("llama"), name) for name in ("paged_flash", "eager"))
+    prepare, calls = paged.prepare_inputs_for_generation, []
+
+    def noted(*args, **inputs):
+        calls.append(args)
+        paged.model.calls = len(calls)
+        return prepare(*args, **inputs)
+
+    paged.prepare_inputs_for_generation = noted
+    for length in (20, 600):
+        input_ids = ragged_batch([length], None)[0]
+        expected = generate(eager, input_ids, None, max_new_tokens=3)
+        for _ in range(3):
+            del calls[:]
+            assert torch.equal(generate(paged, input_ids, None, max_new_tokens=3), expected)
+            assert len(calls) <= 6
+
+
+def test_a_prefill_of_the_models_own(prompts):
+    """Nobody looks at the model between its launch and the first token."""
+
+    class Own(LlamaForCausalLM):
+        def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
+            inputs = self.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)
+            return self(**inputs, return_dict=True)
+
+    paged, eager = (tiny_model(tiny_config("llama"), name) for name in ("paged_flash", "eager"))
+    paged.__class__ = Own
+    input_ids, mask = ragged_batch([20, 9], "left")
+    for call in range(6):
+        if call in (3, 5):
+            for model in (paged, eager):
+                _swap(model)
+        assert torch.equal(generate(paged, input_ids, mask), generate(eager, input_ids, mask))
+
+
+def test_reasons_that_are_gone(prompts):
+    """An error is of the model as it is."""
+    paged, eager = (tiny_model(tiny_config("llama"), name) for name in ("paged_flash", "eager"))
+    handle = paged.model.layers[0].register_forward_hook(lambda module, args, output: output)
+    rows, options = ragged_batch([20, 9], "right"), {"prefill_chunk_size": 7}
+    with pytest.raises(UnsupportedFeatureError, match="in chunks"):
+        generate(paged, *rows, **options)
+    handle.remove()
+    assert torch.equal(generate(paged, *rows, **options), unpadded(eager, *rows))
+
+
+def test_other_heads(prompts):
+    """A cache that was made ready for what the model was is made ready anew."""
+    paged, eager = (tiny_model(tiny_config("llama"), name) for name in ("paged_flash", "eager"))
+    config = tiny_config("llama", num_key_value_heads=1)
+    others = [tiny_model(config, name) for name in ("paged_flash", "eager")]
+    input_ids = ragged_batch([20], None)[0]
+    for _ in range(3):
+        generate(paged, input_ids, None)
+    before = [(model.model, model.config) for model in (paged, eager)]
+    for model, other in zip((paged, eager), others, strict=True):
+        model.model, model.config = other.model, other.config
+    for _ in range(4):
+        assert torch.equal(generate(paged, input_ids, None), generate(eager, input_ids, None))
+    assert prompts[-1] == "replay" and before
+
+
+def test_a_model_that_changes_between_turns(prompts, monkeypatch):
     paged, eager = (tiny_model(tiny_config("llama"), name) for name in ("paged_flash", "eager"))
     ids = ragged_batch([20, 20], None)[0]
     for _ in range(4):
         generate(paged, ids, None)
     caches = PagedCache(paged.config), DynamicCache(config=eager.config)
+    changes, confirm = [], decode_graph.confirm
+
+    def noted(model):
+        try:
+            confirm(model)
+        except ModelChanged:
+            changes.append(model)
+            raise
+
+    monkeypatch.setattr(decode_graph, "confirm", noted)
     for turn in range(3):
         answers = [generate(paged, ids, None, past_key_values=caches[0])]
         answers.append(generate(eager, ids, None, past_key_values=caches[1]))
@@ -283,7 +365,7 @@ def test_a_model_that_changes_between_turns(prompts):
         ids = torch.cat([ids, answers[0], ragged_batch([4, 4], None, seed=turn)[0]], 1)
         for model in (paged, eager):
             model.model.layers[1].input_layernorm.variance_epsilon += 10.0
-    assert None in prompts[-2:]
+    assert len(changes) == 2, "once before each turn but the first"
     assert caches[0].get_seq_length() == caches[1].get_seq_length()
 
 
