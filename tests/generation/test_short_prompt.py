@@ -1,11 +1,12 @@
 """Short prompts replayed as graphs, over a recorder on the CPU: eager's tokens, and the same cache."""
 
 import gc
+from types import FunctionType
 
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache, LlamaForCausalLM
+from transformers import CompileConfig, DynamicCache, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hf_paged_flash import (
@@ -324,6 +325,17 @@ def test_reasons_that_are_gone(prompts):
         generate(paged, *rows, **options)
     handle.remove()
     assert torch.equal(generate(paged, *rows, **options), unpadded(eager, *rows))
+
+
+def test_reasons_against_graphs_that_are_gone(prompts):
+    paged, eager = (tiny_model(tiny_config("llama"), name) for name in ("paged_flash", "eager"))
+    hook = FunctionType((lambda module, args, output: None).__code__, {"__name__": "torch"})  # rows go without padding
+    handle = paged.model.layers[0].register_forward_hook(hook)
+    rows, options = ragged_batch([20, 9], "left"), {"compile_config": CompileConfig(), "max_new_tokens": 1}
+    with pytest.raises(UnsupportedFeatureError, match="has a forward hook"):
+        generate(paged, *rows, **options)
+    handle.remove()
+    assert torch.equal(generate(paged, *rows, **options), generate(eager, *rows, max_new_tokens=1))
 
 
 def test_other_heads(prompts):
