@@ -5,7 +5,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from .looking import look_at
+from .looking import has_global_hooks, look_at
 
 _aten = torch.ops.aten
 # the host needs what they compute
@@ -45,8 +45,7 @@ def obstacle(model: PreTrainedModel, generation_config) -> str | None:
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not getattr(quantizer, "is_compileable", False):
         return f"{type(quantizer).__name__} can't be compiled, nor captured"
-    torch_module = torch.nn.modules.module
-    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+    if has_global_hooks():
         return "there are hooks on the forwards of all modules"
     return look_at(model).of(_obstacle_in)
 

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..ops import layers
-from .looking import runs_its_class, stand_in
+from .looking import has_global_hooks, runs_its_class, stand_in
 
 _ROTARY = "apply_rotary_pos_emb"
 _here = threading.local()  # `own`: within `own_layers`, `captured`: within `captured_layers`
@@ -258,9 +258,7 @@ def _is_silu(activation: Any) -> bool:
     code = _code_of(getattr(type(activation), "forward", None))
     if not is_torchs or code not in _silus() or not runs_its_class(activation):
         return False
-    of_all = torch.nn.modules.module
-    hooks = activation._forward_hooks, activation._forward_pre_hooks
-    return not any((*hooks, of_all._global_forward_hooks, of_all._global_forward_pre_hooks))
+    return not (activation._forward_hooks or activation._forward_pre_hooks or has_global_hooks())
 
 
 @cache

@@ -2,7 +2,7 @@
 
 To read a large model's modules takes longer than to launch a graph of its forward; to see that none has changed takes
 a tenth of that, as it is to be seen in every call. Even so it takes as long as a good part of a short prompt: there
-what could harm a graph is looked at before its launch, and the rest while it runs (`glance_at`, `confirm`).
+what could harm a graph is looked at before its launch, and all of it while it runs (`glance_at`, `confirm`).
 """
 
 import threading
@@ -165,6 +165,12 @@ def runs_its_class(module: nn.Module) -> bool:
     if forward is None or getattr(forward, "stands_in", None) is True:
         return True
     return getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module
+
+
+def has_global_hooks() -> bool:
+    """Whether there are hooks on the forwards of all modules."""
+    of_all = nn.modules.module
+    return bool(of_all._global_forward_hooks or of_all._global_forward_pre_hooks)
 
 
 def _is_read(module: nn.Module) -> bool:

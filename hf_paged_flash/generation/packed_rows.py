@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..cache import PagedCache
-from ..cache.forward_step import to_device
+from ..cache.forward_step import on_host, to_device
 from ..cache.prepared_forward import PackedTokens, packed_forward
 from .media import of_tokens
 
@@ -47,7 +47,7 @@ def packed_draft(model: PreTrainedModel, inputs: dict, cache: PagedCache, last: 
     """`model(**inputs)` of what is not stored of one row's tokens, with logits (1, last, V) of the `last` ones."""
     mask = inputs.get("attention_mask")
     mask = torch.ones_like(inputs["input_ids"]) if mask is None else mask
-    with packed_forward(cache.groups, mask.bool().cpu()) as tokens:
+    with packed_forward(cache.groups, on_host(mask)) as tokens:
         kept = np.arange(len(tokens.indices) - last, len(tokens.indices))
         outputs = model(**_packed(of_tokens(inputs), tokens, 0, kept), return_dict=True)
     outputs.logits = outputs.logits[:, -last:]
