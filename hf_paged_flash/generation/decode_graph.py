@@ -28,6 +28,7 @@ from ..cache.paged_layer import PagedLayer
 from ..cache.prepared_forward import PackedTokens, static_forward
 from ..cache.step_buffers import StepBuffers
 from ..kernels.launches import overlapping_launches
+from ..ops.layers import MOST_ROWS
 from .capturable import NotCapturable, NoWaiting
 from .compiled_forward import CompiledForward, CompileSettings
 from .fused_layers import fused_layers
@@ -259,7 +260,7 @@ class DecodeGraphs:
             # some models look for padding where there is no mask, to warn, though not in a capture
             ones = torch.ones(kind[1], cache.columns, dtype=torch.long, device=self.device)
             inputs = inputs | {"attention_mask": ones}
-        with self._refusing(_name_of(kind)), NoWaiting(), _layers_of(model, settings):
+        with self._refusing(_name_of(kind)), NoWaiting(), _layers_of(model, kind, settings):
             outputs = model(**inputs)
         others = [name for name, value in outputs.items() if value is not cache and name not in ("logits", MOVED)]
         reason = None
@@ -285,7 +286,7 @@ class DecodeGraphs:
         inputs: dict[str, Any],
     ) -> None:
         def run() -> ModelOutput:
-            with _layers_of(model, settings):
+            with _layers_of(model, kind, settings):
                 return model(**inputs)
 
         with self._refusing(settings or _name_of(kind)), torch.inference_mode(False), torch.no_grad():
@@ -331,9 +332,10 @@ class DecodeGraphs:
 
 
 @contextmanager
-def _layers_of(model: PreTrainedModel, settings: CompileSettings | None) -> Iterator[None]:
-    own = nullcontext() if settings is None else own_layers()  # of what is compiled, inductor fuses these
-    with own, fused_layers(model), captured_layers():
+def _layers_of(model: PreTrainedModel, kind: tuple, settings: CompileSettings | None) -> Iterator[None]:
+    # inductor fuses these of what is compiled, but its kernels don't start while the ones before end
+    are_fused = settings is None or kind[1] * kind[2] <= MOST_ROWS
+    with nullcontext() if are_fused else own_layers(), fused_layers(model), captured_layers():
         yield
 
 
