@@ -94,7 +94,7 @@ def paged_flash_attention_forward(
     """
     _refuse(module, query, value, attention_mask, kwargs)
     if cu_seq_lens_q is not None:
-        _refuse_beside_offsets(key, attention_mask, position_bias)
+        _refuse_beside_offsets(module, key, attention_mask, position_bias)
     attention_mask = select_keys(module, attention_mask, key.shape[2], query.shape[1], indices, block_indices)
     # a matrix says all: no causal mask or window comes on top
     is_matrix = attention_mask is not None and attention_mask.dim() == 4
@@ -212,7 +212,13 @@ def _refuse(module: nn.Module, query, value, attention_mask: torch.Tensor | None
             )
 
 
-def _refuse_beside_offsets(key, attention_mask: torch.Tensor | None, position_bias) -> None:
+def _refuse_beside_offsets(module: nn.Module, key, attention_mask: torch.Tensor | None, position_bias) -> None:
+    if getattr(module, "_is_replica", False):
+        raise UnsupportedFeatureError(
+            "nn.DataParallel, which Trainer takes where one process sees several GPUs, splits `cu_seq_lens_q` as if "
+            "each offset were a row: start one process a GPU (torchrun, accelerate launch), let the process see one "
+            "(CUDA_VISIBLE_DEVICES=0), or pack by `position_ids` alone (DataCollatorWithFlattening())"
+        )
     if isinstance(key, PagedTensor):
         raise UnsupportedFeatureError(
             "`cu_seq_lens_q` packs rows of a batch, which PagedCache keeps apart by itself: pass `use_cache=False` "

@@ -74,3 +74,11 @@ def reference_backend():
     backend.reset_counters()
     yield
     backend.configure(backend=before)
+
+
+@pytest.fixture
+def precision_of_fp32():
+    """What a test, or TrainingArguments in it, allows fp32 products is taken back."""
+    yield
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "none"

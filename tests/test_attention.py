@@ -389,6 +389,13 @@ class TestWhatIsRefused:
         with pytest.raises(UnsupportedFeatureError, match=f"`{name}`.*`cu_seq_lens_q`"):
             paged_flash_attention_forward(nn.Module().eval(), x, x, x, cu_seq_lens_q=offsets, **{name: wrong[name]})
 
+    def test_offsets_that_data_parallel_has_split(self):
+        replica = nn.Module().eval()._replicate_for_data_parallel()
+        x = torch.randn(1, 2, 4, 16)
+        with pytest.raises(UnsupportedFeatureError, match="DataParallel.*`cu_seq_lens_q`.*torchrun"):
+            paged_flash_attention_forward(replica, x, x, x, cu_seq_lens_q=torch.tensor([0, 1]))
+        paged_flash_attention_forward(replica, x, x, x)
+
     @pytest.mark.parametrize("name", ["head_mask", "indices", "block_indices"])
     def test_arguments_that_no_path_applies(self, name):
         layer = nn.Module().eval()

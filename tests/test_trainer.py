@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import hf_paged_flash
+from hf_paged_flash.errors import UnsupportedFeatureError
 from tests.trainer_runs import STEPS, WAYS, losses
 
 
@@ -14,6 +15,12 @@ def reference_backend():
     hf_paged_flash.configure(backend="reference")
     yield
     hf_paged_flash.configure(backend="auto")
+
+
+@pytest.fixture
+def one_gpu(monkeypatch):
+    """One process that sees several takes all, by nn.DataParallel."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
 
 
 def needs(way: str) -> None:
@@ -54,6 +61,7 @@ def test_autocast_in_bf16_is_as_near_as_eagers(way):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("one_gpu")
 @pytest.mark.parametrize("way", WAYS)
 def test_bf16_on_a_gpu_is_as_near_as_eagers(way):
     needs(way)
@@ -67,6 +75,7 @@ def test_bf16_on_a_gpu_is_as_near_as_eagers(way):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("one_gpu", "precision_of_fp32")
 @pytest.mark.parametrize("way", ["padding", "position_ids", "offsets"])
 def test_compiled_by_inductor_on_a_gpu(way):
     torch._dynamo.reset()
@@ -74,3 +83,26 @@ def test_compiled_by_inductor_on_a_gpu(way):
     eager = losses(WAYS[way], "eager", bf16=True)
     ours = losses(WAYS[way], "paged_flash", bf16=True, torch_compile=True)
     assert error_of(ours, exact) <= 2 * error_of(eager, exact) + 5e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("precision_of_fp32")
+def test_fp32_products_in_tf32_on_a_gpu():
+    exact = losses(WAYS["padding"], "eager")
+    ours, eager = (losses(WAYS["padding"], a, tf32=True) for a in ("paged_flash", "eager"))
+    assert error_of(ours, exact) <= 2 * error_of(eager, exact) + 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+class TestDataParallel:
+    """What Trainer takes where one process sees several GPUs."""
+
+    @pytest.mark.parametrize("way", ["padding", "position_ids"])
+    def test_losses(self, way):
+        expected = losses(WAYS[way], "eager")
+        assert losses(WAYS[way], "paged_flash") == pytest.approx(expected, rel=1e-4)
+
+    def test_offsets_that_it_splits(self):
+        with pytest.raises(UnsupportedFeatureError, match="torchrun"):
+            losses(WAYS["offsets"], "paged_flash")

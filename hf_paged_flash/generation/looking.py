@@ -283,7 +283,7 @@ def _settings() -> tuple:
     return (
         backend.backend(),
         backend.fuses_layers(),
-        torch.get_float32_matmul_precision(),
+        torch.backends.cuda.matmul.fp32_precision,
         torch.are_deterministic_algorithms_enabled(),
     )
 

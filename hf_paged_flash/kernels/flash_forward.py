@@ -336,7 +336,8 @@ def score_scales(q: torch.Tensor, softmax_scale: float, softcap: float) -> tuple
 
 def dot_precision(dtype: torch.dtype) -> str:
     """IEEE products for fp32 unless torch was told that TF32 will do; 16-bit inputs ignore it."""
-    return "ieee" if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest" else "tf32"
+    # torch.get_float32_matmul_precision() raises once the newer setting has been set, as TrainingArguments do
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def last_dim_contiguous(x: torch.Tensor) -> torch.Tensor:

@@ -95,13 +95,14 @@ CHANGES = {
     "within a large configuration": lambda model: setattr(model.config, "rms_norm_eps", 0.5),
     "the configuration": lambda model: setattr(model.config, "_attn_implementation", "eager"),
     "the matmul precision": lambda model: torch.set_float32_matmul_precision("high"),
+    "torch's newer setting of it": lambda model: setattr(torch.backends, "fp32_precision", "tf32"),
     "the backend": lambda model: configure(backend="reference"),
 }
 
 
+@pytest.mark.usefixtures("precision_of_fp32")
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_changes_are_noticed(model, change):
-    precision = torch.get_float32_matmul_precision()
     look = look_at(model)
     try:
         assert look_at(model) is look
@@ -109,7 +110,6 @@ def test_changes_are_noticed(model, change):
         other = look_at(model)
         assert other is not look and other.fingerprint != look.fingerprint
     finally:
-        torch.set_float32_matmul_precision(precision)
         configure(backend="auto")
 
 

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from hf_paged_flash.kernels import configs  # noqa: E402
-from hf_paged_flash.kernels.flash_forward import flash_forward  # noqa: E402
+from hf_paged_flash.kernels.flash_forward import dot_precision, flash_forward  # noqa: E402
 from tests.kernels.attention_problem import (  # noqa: E402
     EXTRAS,
     MASKS,
@@ -257,3 +257,19 @@ def test_blocks_beyond_2_to_31_elements(block_size, far_pool, device):
     options = {"max_seqlen_q": 3, "max_seqlen_k": 2 * block_size, "block_table": table, "seqused_k": used}
     out, lse = flash_forward(problem.q[0][None], k_cache, v_cache, **options, **problem.scoring)
     check(problem, [out[0]], [lse[0]])
+
+
+PRECISIONS = {
+    "set_float32_matmul_precision": lambda: torch.set_float32_matmul_precision("high"),
+    "allow_tf32": lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+    "fp32_precision": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+    "fp32_precision of products": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+}
+
+
+@pytest.mark.usefixtures("precision_of_fp32")
+@pytest.mark.parametrize("allow", PRECISIONS.values(), ids=PRECISIONS)
+def test_tf32_where_torch_allows_it(allow):
+    assert dot_precision(torch.float32) == "ieee"
+    allow()
+    assert [dot_precision(dtype) for dtype in (torch.float32, torch.float16)] == ["tf32", "ieee"]
