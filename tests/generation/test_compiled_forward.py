@@ -56,6 +56,17 @@ def test_inductor(recorders, compiled):
     assert recorders.replayed == 10 and len(compiled) == 1
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_layers_of_few_rows_stay_ours(rows, recorders, compiled):
+    paged, eager = models("llama")
+    given = [x[:rows] for x in batch("left")]
+    expected = generate(eager, *given)
+    assert torch.equal(generate(paged, *given, compile_config=EAGER), expected)
+    targets = [str(node.target).split(".") for node in compiled[0].graph.nodes]
+    called = {target[1] for target in targets if target[0] == "hf_paged_flash"}
+    assert called == {"step_store", "step_decode"} | ({"rms_norm", "rotary", "swiglu"} if rows <= 2 else set())
+
+
 def test_beams_and_verify_steps(recorders, compiled):
     paged, eager = models("llama")
     input_ids, mask = batch("left")
