@@ -86,10 +86,11 @@ def _peak(model: PreTrainedModel, workload: Workload, kind: str, device: str) ->
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     weights = torch.cuda.memory_allocated(device)
+    before = total - free - (torch.cuda.memory_reserved(device) - weights)  # torch grows into what it holds unused
     torch.cuda.reset_peak_memory_stats(device)
     try:
         with DeviceWatch(device) as watch:
             workload.generate(model, cache_of(kind, workload, model.config))
     except (torch.OutOfMemoryError, CacheFullError):
         return None
-    return Peak(watch.most - (total - free), torch.cuda.max_memory_allocated(device) - weights)
+    return Peak(watch.most - before, torch.cuda.max_memory_allocated(device) - weights)

@@ -96,8 +96,8 @@ def configure(
             "max-autotune-no-cudagraphs" for instance; False, as in the beginning, for as they are. A call's
             `generation_config.compile_config` comes before it.
         fused_layers: whether norms, rotary embeddings and gates run as one kernel each while `generate()` runs on
-            CUDA, but in steps that are compiled, and linear layers of one row or two in half precision in steps that
-            are replayed. On unless it is switched off.
+            CUDA, but in compiled steps of more than two tokens, and linear layers of one or two in half precision in
+            steps that are replayed. On unless it is switched off.
 
     Raises:
         ArgumentError: something is none of these; nothing has changed.

@@ -35,7 +35,7 @@ def _from_last_tokens(original, new: torch.Tensor, self, input_ids, generation_c
 
     check_new_tokens(new)
     device = model_kwargs["attention_mask"].device
-    last = (torch.arange(new.shape[1]) * new).argmax(1)  # each row's last token
+    last = (torch.arange(new.shape[1], device=new.device) * new).argmax(1)  # each row's last token
     kept, index = torch.unique(last, return_inverse=True)
     last, kept, index = (to_device(x.numpy(), device) for x in (last, kept, index))
     logits_to_keep = model_kwargs.get("logits_to_keep")

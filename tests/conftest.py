@@ -79,6 +79,10 @@ def reference_backend():
 @pytest.fixture
 def precision_of_fp32():
     """What a test, or TrainingArguments in it, allows fp32 products is taken back."""
+    from transformers.utils.import_utils import enable_tf32
+
+    enable_tf32.cache_clear()  # it does nothing when it is called once more
     yield
+    enable_tf32.cache_clear()
     torch.set_float32_matmul_precision("highest")
     torch.backends.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "none"

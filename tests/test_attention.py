@@ -389,12 +389,19 @@ class TestWhatIsRefused:
         with pytest.raises(UnsupportedFeatureError, match=f"`{name}`.*`cu_seq_lens_q`"):
             paged_flash_attention_forward(nn.Module().eval(), x, x, x, cu_seq_lens_q=offsets, **{name: wrong[name]})
 
-    def test_offsets_that_data_parallel_has_split(self):
-        replica = nn.Module().eval()._replicate_for_data_parallel()
+    @pytest.mark.parametrize("offsets", [[0, 2], [2, 4]], ids=str)
+    @pytest.mark.parametrize("name", ["cu_seq_lens_q", "cu_seq_lens_k"])
+    def test_offsets_that_leave_tokens_out(self, name, offsets):
         x = torch.randn(1, 2, 4, 16)
-        with pytest.raises(UnsupportedFeatureError, match="DataParallel.*`cu_seq_lens_q`.*torchrun"):
-            paged_flash_attention_forward(replica, x, x, x, cu_seq_lens_q=torch.tensor([0, 1]))
-        paged_flash_attention_forward(replica, x, x, x)
+        whole = torch.tensor([0, 1, 4])
+        given = {"cu_seq_lens_q": whole, "cu_seq_lens_k": whole} | {name: torch.tensor(offsets)}
+        message = f"`{name}` must rise from 0 to 4, .* got {offsets[0]} to {offsets[1]}"
+        with pytest.raises(ArgumentError, match=message + "$"):
+            paged_flash_attention_forward(nn.Module().eval(), x, x, x, **given)
+        replica = nn.Module().eval()._replicate_for_data_parallel()
+        with pytest.raises(ArgumentError, match=message + ".*DataParallel.*torchrun"):
+            paged_flash_attention_forward(replica, x, x, x, **given)
+        paged_flash_attention_forward(replica, x, x, x, cu_seq_lens_q=whole)
 
     @pytest.mark.parametrize("name", ["head_mask", "indices", "block_indices"])
     def test_arguments_that_no_path_applies(self, name):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hf_paged_flash
-from hf_paged_flash.errors import UnsupportedFeatureError
+from hf_paged_flash.errors import ArgumentError
 from tests.trainer_runs import STEPS, WAYS, losses
 
 
@@ -82,14 +82,16 @@ def test_compiled_by_inductor_on_a_gpu(way):
     exact = losses(WAYS[way], "eager")
     eager = losses(WAYS[way], "eager", bf16=True)
     ours = losses(WAYS[way], "paged_flash", bf16=True, torch_compile=True)
+    assert torch.backends.cuda.matmul.fp32_precision == "tf32"
     assert error_of(ours, exact) <= 2 * error_of(eager, exact) + 5e-3
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("precision_of_fp32")
+@pytest.mark.usefixtures("one_gpu", "precision_of_fp32")
 def test_fp32_products_in_tf32_on_a_gpu():
     exact = losses(WAYS["padding"], "eager")
     ours, eager = (losses(WAYS["padding"], a, tf32=True) for a in ("paged_flash", "eager"))
+    assert torch.backends.cuda.matmul.fp32_precision == "tf32"
     assert error_of(ours, exact) <= 2 * error_of(eager, exact) + 1e-3
 
 
@@ -98,11 +100,11 @@ def test_fp32_products_in_tf32_on_a_gpu():
 class TestDataParallel:
     """What Trainer takes where one process sees several GPUs."""
 
-    @pytest.mark.parametrize("way", ["padding", "position_ids"])
+    @pytest.mark.parametrize("way", ["padding", "position_ids"])  # the latter is one row, all on the first GPU
     def test_losses(self, way):
         expected = losses(WAYS[way], "eager")
         assert losses(WAYS[way], "paged_flash") == pytest.approx(expected, rel=1e-4)
 
     def test_offsets_that_it_splits(self):
-        with pytest.raises(UnsupportedFeatureError, match="torchrun"):
+        with pytest.raises(ArgumentError, match="torchrun"):
             losses(WAYS["offsets"], "paged_flash")

@@ -151,7 +151,9 @@ def _measure(model: PreTrainedModel, impl: str, options: dict, case: Case, measu
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        before, weights = _in_use(device), torch.cuda.memory_allocated(device)
+        weights = torch.cuda.memory_allocated(device)
+        # torch grows into what it holds unused
+        before = _in_use(device) - (torch.cuda.memory_reserved(device) - weights)
         torch.cuda.reset_peak_memory_stats(device)
     steps = case.new if impl == "paged_flash" else min(WARM_STEPS, case.new)
     warm_up = Until(ids.shape[1] + steps)

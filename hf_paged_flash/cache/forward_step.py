@@ -11,7 +11,7 @@ import torch
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """`array` as a tensor on `device`; to CUDA through pinned memory, so that the host does not wait."""
-    tensor = torch.tensor(array)  # a copy: the host goes on writing into its arrays
+    tensor = torch.tensor(array, device="cpu")  # a copy: the host goes on writing into its arrays
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 

@@ -30,7 +30,7 @@ class LengthFloor:
         if not cache_seqlens.is_cuda:
             self._copy = cache_seqlens.clone()
             return
-        self._copy = torch.empty(cache_seqlens.shape, dtype=cache_seqlens.dtype, pin_memory=True)
+        self._copy = torch.empty(cache_seqlens.shape, dtype=cache_seqlens.dtype, device="cpu", pin_memory=True)
         with torch.cuda.device_of(cache_seqlens):
             self._copy.copy_(cache_seqlens, non_blocking=True)
             self._arrived = torch.cuda.Event()

@@ -333,9 +333,9 @@ class DecodeGraphs:
 
 @contextmanager
 def _layers_of(model: PreTrainedModel, kind: tuple, settings: CompileSettings | None) -> Iterator[None]:
-    # inductor fuses these of what is compiled, but its kernels don't start while the ones before end
-    are_fused = settings is None or kind[1] * kind[2] <= MOST_ROWS
-    with nullcontext() if are_fused else own_layers(), fused_layers(model), captured_layers():
+    # inductor fuses what is compiled, but its kernels don't start while ours, linear ones, end
+    keeps_ours = settings is None or kind[1] * kind[2] <= MOST_ROWS
+    with nullcontext() if keeps_ours else own_layers(), fused_layers(model), captured_layers():
         yield
 
 

@@ -280,10 +280,14 @@ def confirm(model: PreTrainedModel) -> None:
 
 
 def _settings() -> tuple:
+    matmul = torch.backends.cuda.matmul
     return (
         backend.backend(),
         backend.fuses_layers(),
-        torch.backends.cuda.matmul.fp32_precision,
+        matmul.fp32_precision,
+        matmul.allow_bf16_reduced_precision_reduction,
+        matmul.allow_fp16_reduced_precision_reduction,
+        matmul.allow_fp16_accumulation,
         torch.are_deterministic_algorithms_enabled(),
     )
 

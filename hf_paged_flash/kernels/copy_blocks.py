@@ -36,7 +36,7 @@ def copy_blocks(caches: list[torch.Tensor], copies: torch.Tensor) -> None:
     for cache in caches:
         block_bytes, stride_bytes = cache[0].numel() * cache.element_size(), cache.stride(0) * cache.element_size()
         sizes.append((cache.data_ptr(), stride_bytes // WORD, block_bytes // WORD))
-    tensors = torch.tensor(sizes, dtype=torch.int64)
+    tensors = torch.tensor(sizes, dtype=torch.int64, device="cpu")
     if copies.is_cuda:  # through pinned memory, so that the host does not wait
         tensors = tensors.pin_memory().to(copies.device, non_blocking=True)
     largest = max(words for _, _, words in sizes)

@@ -17,7 +17,7 @@ from hf_paged_flash.ops.library import launcher, register
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDEST = 32768  # row that a norm's program holds
-MOST_ROWS = 2  # of a linear layer
+MOST_ROWS = 2  # of a linear layer; compiled steps of no more keep all these layers
 LEAST_WEIGHTS = 2**20  # of one: fewer are read within what a launch takes
 
 _library = Library("hf_paged_flash", "FRAGMENT")

@@ -17,6 +17,7 @@ from functools import cache
 from importlib import import_module
 
 import torch
+from torch.autograd import forward_ad
 from torch.library import Library, register_autograd, register_fake
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -24,6 +25,8 @@ from hf_paged_flash.backend import count, use_kernels
 from hf_paged_flash.errors import UnsupportedFeatureError
 from hf_paged_flash.ops import reference, reference_backward
 from hf_paged_flash.ops.validation import (
+    NO_FORWARD_MODE,
+    NO_FUNCTORCH,
     NO_PAGED_BACKWARD,
     NO_SECOND_DERIVATIVE,
     any_requires_grad,
@@ -141,7 +144,7 @@ def _segment_offsets(segments):
     first = torch.nonzero(starts.flatten())[:, 0]
     cu_seqlens = segments.new_full((segments.numel() + 1,), segments.numel(), dtype=torch.int32)
     cu_seqlens[: len(first)] = first
-    return cu_seqlens, torch.tensor([len(first), int(cu_seqlens.diff().max())])
+    return cu_seqlens, torch.tensor([len(first), int(cu_seqlens.diff().max())], device="cpu")
 
 
 def _refuse_backward(reason, grads, inputs):
@@ -278,8 +281,17 @@ def _nobody_watches(*tensors: torch.Tensor) -> bool:
         and not torch.jit.is_tracing()
         and not is_in_torch_dispatch_mode()
         and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
         and all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors)
     )
+
+
+def _refuse_transforms(tensors: list[torch.Tensor]) -> None:
+    """Refuses derivatives that torch would lose without a word, or end in an error that names an internal of torch."""
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise UnsupportedFeatureError(NO_FORWARD_MODE)
+    if torch._C._are_functorch_transforms_active() and torch.is_grad_enabled() and any_requires_grad(*tensors):
+        raise UnsupportedFeatureError(NO_FUNCTORCH)
 
 
 def flash_attention(
@@ -297,6 +309,8 @@ def flash_attention(
         packed_lengths,
     )  # fmt: skip
     if not _nobody_watches(q, k, v):
+        if not torch.compiler.is_compiling():
+            _refuse_transforms([x for x in (q, k, v, s_aux, bias) if x is not None])
         return flash_forward(*tensors, **options)
     if not torch.is_grad_enabled() or not any_requires_grad(q, k, v, s_aux, bias):
         return _flash_forward(*tensors, **options)

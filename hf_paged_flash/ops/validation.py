@@ -217,6 +217,14 @@ NO_SECOND_DERIVATIVE = (
     "hf_paged_flash has no second derivatives (`create_graph=True`): use the 'eager' attention where gradients are "
     "differentiated again"
 )
+NO_FORWARD_MODE = (
+    "hf_paged_flash has no forward-mode derivatives (torch.func.jvp, torch.autograd.forward_ad): use the 'eager' "
+    "attention, or gradients by backward()"
+)
+NO_FUNCTORCH = (
+    "hf_paged_flash does not differentiate within torch.func's transforms (grad, vjp, jacrev ...): use backward() or "
+    "torch.autograd.grad, or the 'eager' attention"
+)
 NO_WIDE_BACKWARD = (
     "hf_paged_flash has no backward kernel for a head_dim above 256: train with the 'sdpa' attention, call it under "
     "torch.no_grad(), or choose the backend 'reference'"

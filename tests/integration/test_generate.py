@@ -54,6 +54,15 @@ def test_left_padding(pair):
     assert max(len(set(row)) for row in paged.tolist()) > 4, "a model that only repeats itself shows no attention"
 
 
+@pytest.mark.parametrize("pad", ["left", "right"])
+def test_tensors_of_the_host_stay_there(pad, pair):
+    """`torch.set_default_device` speaks of tensors for which nothing else is said."""
+    input_ids, mask = ragged_batch(LENGTHS, pad)
+    expected = new_tokens(pair.paged, input_ids, mask)
+    with torch.device("meta"):
+        assert torch.equal(new_tokens(pair.paged, input_ids, mask), expected)
+
+
 @pytest.mark.parametrize("explicit", [True, False], ids=["mask of ones", "no mask"])
 def test_no_padding(pair, explicit):
     input_ids, mask = ragged_batch([21, 21, 21], None)

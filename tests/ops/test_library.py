@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.autograd import forward_ad
+from torch.func import grad, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_paged_flash.errors import UnsupportedFeatureError
@@ -77,6 +79,37 @@ def test_second_derivatives_are_refused():
     (gradient,) = torch.autograd.grad(flash_attn_func(q, q, q).square().sum(), q, create_graph=True)
     with pytest.raises(UnsupportedFeatureError, match="second derivatives.*'eager'"):
         gradient.sum().backward()
+
+
+FORWARD_MODE = "forward-mode derivatives.*'eager'"
+
+
+def dual(function, x):
+    with forward_ad.dual_level():
+        return function(forward_ad.make_dual(x, x))
+
+
+@pytest.mark.parametrize("grad_mode", [True, False])
+@pytest.mark.parametrize(
+    ("transform", "message"),
+    [
+        (lambda f, x: jvp(f, (x,), (x,)), FORWARD_MODE),
+        (dual, FORWARD_MODE),
+        (lambda f, x: grad(lambda x: f(x).sum())(x), "torch.func's transforms.*'eager'"),
+    ],
+    ids=["jvp", "forward_ad", "grad"],
+)
+def test_transforms_of_torch_func_are_refused(transform, message, grad_mode):
+    x = torch.randn(1, 3, 2, 16)
+    with torch.set_grad_enabled(grad_mode), pytest.raises(UnsupportedFeatureError, match=message):
+        transform(lambda q: flash_attn_func(q, x, x), x)
+
+
+def test_vmap_and_other_tensors_tangents_do_not_matter():
+    x = torch.randn(2, 3, 2, 16)
+    expected = torch.stack([flash_attn_func(q, x, x) for q in x[:, None].expand(2, 2, 3, 2, 16)])
+    torch.testing.assert_close(vmap(lambda q: flash_attn_func(q, x, x))(x[:, None].expand(2, 2, 3, 2, 16)), expected)
+    assert torch.equal(dual(lambda other: flash_attn_func(x, x, x), torch.ones(3)), flash_attn_func(x, x, x))
 
 
 def test_store_kv_keeps_no_history_of_keys_that_require_grad():
