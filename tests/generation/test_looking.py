@@ -73,6 +73,7 @@ def _scripted(module):
     return torch.jit.script(nn.Linear(4, 4))
 
 
+MATMUL = torch.backends.cuda.matmul
 CHANGES = {
     "a layer": _replace_layer,
     "a class": lambda model: setattr(model.model.norm, "__class__", type("Norm", (type(model.model.norm),), {})),
@@ -96,6 +97,7 @@ CHANGES = {
     "the configuration": lambda model: setattr(model.config, "_attn_implementation", "eager"),
     "the matmul precision": lambda model: torch.set_float32_matmul_precision("high"),
     "torch's newer setting of it": lambda model: setattr(torch.backends, "fp32_precision", "tf32"),
+    "how cuBLAS sums": lambda model: setattr(MATMUL, "allow_bf16_reduced_precision_reduction", False),
     "the backend": lambda model: configure(backend="reference"),
 }
 
@@ -110,6 +112,7 @@ def test_changes_are_noticed(model, change):
         other = look_at(model)
         assert other is not look and other.fingerprint != look.fingerprint
     finally:
+        MATMUL.allow_bf16_reduced_precision_reduction = True
         configure(backend="auto")
 
 
