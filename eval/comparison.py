@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from transformers import PreTrainedModel
 
+from hf_paged_flash.eval.device_memory import in_use, in_use_before
 from hf_paged_flash.eval.text import Window
 from hf_paged_flash.eval.ways import new_cache, scored_logits, switch_attention
 
@@ -99,11 +100,6 @@ class Result:
     device_bytes: int | None
 
 
-def _used_bytes(device: torch.device) -> int:
-    free, total = torch.cuda.mem_get_info(device)
-    return total - free
-
-
 def _run(measured: Measured, logits_of: Callable[[], torch.Tensor], device: torch.device) -> torch.Tensor:
     """Runs `logits_of` once more than needed the first time on CUDA (compilation, autotuning), then timed."""
     on_cuda = device.type == "cuda"
@@ -114,7 +110,7 @@ def _run(measured: Measured, logits_of: Callable[[], torch.Tensor], device: torc
             torch.cuda.empty_cache()
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-        held, used = torch.cuda.memory_allocated(device), _used_bytes(device)
+        held, used = torch.cuda.memory_allocated(device), in_use_before(device)
     start = time.perf_counter()
     logits = logits_of()
     if on_cuda:
@@ -123,7 +119,7 @@ def _run(measured: Measured, logits_of: Callable[[], torch.Tensor], device: torc
     if on_cuda:
         measured.peak_bytes = max(measured.peak_bytes, torch.cuda.max_memory_allocated(device) - held)
         if first:
-            measured.device_bytes = _used_bytes(device) - used
+            measured.device_bytes = in_use(device) - used
     measured.warm = True
     measured.rates.append(logits.shape[0] * logits.shape[1] / seconds)
     return logits

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
 
 from hf_paged_flash import CacheFullError, PagedCache
+from hf_paged_flash.eval.device_memory import in_use, in_use_before
 from hf_paged_flash.eval.workloads import Workload
 
 
@@ -32,8 +33,7 @@ class DeviceWatch:
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def _look(self) -> None:
-        free, total = torch.cuda.mem_get_info(self._device)
-        self.most = max(self.most, total - free)
+        self.most = max(self.most, in_use(self._device))
 
     def _watch(self) -> None:
         while not self._stop.wait(0.001):
@@ -84,9 +84,7 @@ def _peak(model: PreTrainedModel, workload: Workload, kind: str, device: str) ->
     gc.collect()
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(device)
-    weights = torch.cuda.memory_allocated(device)
-    before = total - free - (torch.cuda.memory_reserved(device) - weights)  # torch grows into what it holds unused
+    before, weights = in_use_before(device), torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     try:
         with DeviceWatch(device) as watch:

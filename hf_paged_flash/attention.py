@@ -10,7 +10,7 @@ from torch import nn
 from . import rows
 from .backend import use_kernels
 from .cache import PagedTensor
-from .errors import ArgumentError, PagedFlashError, UnsupportedFeatureError
+from .errors import PagedFlashError, UnsupportedFeatureError
 from .masks import are_chunks, is_causal_by_itself, masks_nothing, window_of
 from .matrices import select_keys, sink_column
 from .ops.validation import MAX_BACKWARD_HEAD_DIM, NO_WIDE_BACKWARD, check_dropout
@@ -95,8 +95,6 @@ def paged_flash_attention_forward(
     _refuse(module, query, value, attention_mask, kwargs)
     if cu_seq_lens_q is not None:
         _refuse_beside_offsets(key, attention_mask, position_bias)
-        _check_offsets(module, "cu_seq_lens_q", cu_seq_lens_q, query.shape[2])
-        _check_offsets(module, "cu_seq_lens_k", cu_seq_lens_k, key.shape[2])
     attention_mask = select_keys(module, attention_mask, key.shape[2], query.shape[1], indices, block_indices)
     # a matrix says all: no causal mask or window comes on top
     is_matrix = attention_mask is not None and attention_mask.dim() == 4
@@ -134,7 +132,8 @@ def paged_flash_attention_forward(
         )
     if cu_seq_lens_q is not None:
         offsets = cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k
-        return rows.packed(query, key, value, *offsets, scoring), None
+        is_replica = getattr(module, "_is_replica", False)  # of nn.DataParallel
+        return rows.packed(query, key, value, *offsets, scoring, is_replica=is_replica), None
     return _attend(query, key, value, attention_mask, position_bias, scoring), None
 
 
@@ -231,29 +230,6 @@ def _refuse_beside_offsets(key, attention_mask: torch.Tensor | None, position_bi
             f"an `attention_mask` of shape {tuple(attention_mask.shape)} and `cu_seq_lens_q` both say who sees whom: "
             "pass one"
         )
-
-
-def _check_offsets(module: nn.Module, name: str, offsets: torch.Tensor | None, tokens: int) -> None:
-    """Raises ArgumentError unless `offsets` cover all tokens, where they can be read without waiting for the device.
-
-    Those of a replica are read anyway: nn.DataParallel splits what it is given, but a model may make some of its own.
-    """
-    is_replica = getattr(module, "_is_replica", False)
-    if offsets is None or torch.compiler.is_compiling() or type(offsets) is not torch.Tensor:
-        return
-    if not offsets.numel() or not is_replica and offsets.device.type != "cpu":  # without any the operator refuses
-        return
-    first, last = int(offsets[0]), int(offsets[-1])
-    if (first, last) == (0, tokens):
-        return
-    reason = ""
-    if is_replica:
-        reason = (
-            ". nn.DataParallel, which Trainer takes where one process sees several GPUs, splits them as if each "
-            "offset were a row: start one process a GPU (torchrun, accelerate launch), or let the process see only "
-            "one (CUDA_VISIBLE_DEVICES=0)"
-        )
-    raise ArgumentError(f"`{name}` must rise from 0 to {tokens}, the packed tokens, got {first} to {last}{reason}")
 
 
 def is_deterministic(asked: bool | None) -> bool:

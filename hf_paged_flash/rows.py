@@ -10,6 +10,7 @@ from .masks import as_matrix, masks_nothing
 from .ops import library
 from .ops.dropout import draw_seed
 from .ops.flash_attn import MAX_DECODE_QUERIES
+from .ops.validation import fail, has_values
 from .packing import Packing, longest, pack, row_offsets, unpack
 
 
@@ -96,18 +97,40 @@ def paged(query: torch.Tensor, key: PagedTensor, value: PagedTensor, scoring: Sc
 
 
 def packed(
-    query, key, value, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, scoring: Scoring
+    query, key, value, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, scoring: Scoring, *, is_replica: bool
 ) -> torch.Tensor:
-    """Rows packed one after another in a batch of 1, offsets given by the caller."""
+    """Rows packed one after another in a batch of 1, offsets given by the caller, maybe within nn.DataParallel."""
     if query.shape[0] != 1:
         raise ArgumentError(f"`cu_seq_lens_q` describes packed rows in a batch of 1, got a batch of {query.shape[0]}")
+    _check_offsets("cu_seq_lens_q", cu_seq_lens_q, query.shape[2], is_replica)
     cu_seq_lens_k = cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
+    _check_offsets("cu_seq_lens_k", cu_seq_lens_k, key.shape[2], is_replica)
     q, k, v = (x.transpose(1, 2)[0] for x in (query, key, value))
     return _attend(
         q, k, v, scoring,
         _bound(max_length_q, cu_seq_lens_q, query.shape[2]), _bound(max_length_k, cu_seq_lens_k, key.shape[2]),
         cu_seqlens_q=cu_seq_lens_q.to(torch.int32), cu_seqlens_k=cu_seq_lens_k.to(torch.int32),
     )[None]  # fmt: skip
+
+
+def _check_offsets(name: str, offsets: torch.Tensor, tokens: int, is_replica: bool) -> None:
+    """Refuses offsets that leave tokens out, where they can be read without waiting for the device.
+
+    Those of a replica are read anyway: nn.DataParallel splits what it is given, but a model may make some of its own.
+    """
+    if not has_values(offsets) or not offsets.numel() or not (is_replica or offsets.device.type == "cpu"):
+        return
+    first, last = int(offsets[0]), int(offsets[-1])
+    if (first, last) == (0, tokens):
+        return
+    got = f"{first} to {last}"
+    if is_replica:
+        got += (
+            ". nn.DataParallel, which Trainer takes where one process sees several GPUs, splits them as if each "
+            "offset were a row: start one process a GPU (torchrun, accelerate launch), or let the process see only "
+            "one (CUDA_VISIBLE_DEVICES=0)"
+        )
+    fail(name, f"rise from 0 to {tokens}, the packed tokens", got)
 
 
 def _bound(given: int | torch.Tensor | None, cu_seqlens: torch.Tensor, tokens: int) -> int:

@@ -403,6 +403,11 @@ class TestWhatIsRefused:
             paged_flash_attention_forward(replica, x, x, x, **given)
         paged_flash_attention_forward(replica, x, x, x, cu_seq_lens_q=whole)
 
+    def test_offsets_of_a_padded_batch(self):
+        x = torch.randn(2, 2, 4, 16)
+        with pytest.raises(ArgumentError, match="packed rows in a batch of 1, got a batch of 2"):
+            paged_flash_attention_forward(nn.Module().eval(), x, x, x, cu_seq_lens_q=torch.tensor([0, 4, 8]))
+
     @pytest.mark.parametrize("name", ["head_mask", "indices", "block_indices"])
     def test_arguments_that_no_path_applies(self, name):
         layer = nn.Module().eval()

@@ -12,6 +12,7 @@ from transformers import CompileConfig, PreTrainedModel, StoppingCriteria
 
 from hf_paged_flash import CacheFullError
 from hf_paged_flash.eval.bench.generate_cases import Case
+from hf_paged_flash.eval.device_memory import in_use, in_use_before
 from hf_paged_flash.eval.report import reason_of
 from hf_paged_flash.generation.decode_graph import graphs_of
 
@@ -60,7 +61,7 @@ class Until(StoppingCriteria):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
         if input_ids.is_cuda:
-            self.most = max(self.most, _in_use(input_ids.device))
+            self.most = max(self.most, in_use(input_ids.device))
         return torch.full(input_ids.shape[:1], input_ids.shape[1] >= self.columns, device=input_ids.device)
 
 
@@ -90,11 +91,6 @@ class StepClock(StoppingCriteria):
 def wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _in_use(device: torch.device) -> int:
-    free, total = torch.cuda.mem_get_info(device)
-    return total - free
 
 
 def take(model: PreTrainedModel, impl: str) -> None:
@@ -151,9 +147,7 @@ def _measure(model: PreTrainedModel, impl: str, options: dict, case: Case, measu
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        weights = torch.cuda.memory_allocated(device)
-        # torch grows into what it holds unused
-        before = _in_use(device) - (torch.cuda.memory_reserved(device) - weights)
+        before, weights = in_use_before(device), torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
     steps = case.new if impl == "paged_flash" else min(WARM_STEPS, case.new)
     warm_up = Until(ids.shape[1] + steps)
@@ -174,7 +168,7 @@ def _measure(model: PreTrainedModel, impl: str, options: dict, case: Case, measu
         measured.graph_ms = _graph_ms(model, generate)
     if device.type == "cuda":
         # what torch's allocator took for the other calls it has still
-        measured.peak = max(warm_up.most, _in_use(device)) - before
+        measured.peak = max(warm_up.most, in_use(device)) - before
         measured.torch_peak = torch.cuda.max_memory_allocated(device) - weights
 
 

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import hf_paged_flash  # noqa: F401  registers "paged_flash"
 from hf_paged_flash.eval.bench.timing import bench_device, shapes_of
+from hf_paged_flash.eval.device_memory import in_use
 from hf_paged_flash.eval.report import console, final_line, launch, names_of
 from hf_paged_flash.eval.results import Recorder, device_name, results_folder, versions
 
@@ -128,8 +129,7 @@ def measure(impl: str, case: Case, steps: int, device: torch.device) -> Measured
     except torch.OutOfMemoryError:
         return Measured(out_of_memory=True)
     if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        measured.peak, measured.device = torch.cuda.max_memory_allocated(device), total - free
+        measured.peak, measured.device = torch.cuda.max_memory_allocated(device), in_use(device)
     return measured
 
 

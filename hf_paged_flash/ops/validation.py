@@ -86,12 +86,17 @@ def check_cu_seqlens(name: str, tensor, q) -> torch.Tensor:
     return _check_int32(name, tensor, q)
 
 
+def has_values(tensor: torch.Tensor) -> bool:
+    """Whether there is something to read, if need be from a GPU: nothing traces it."""
+    return type(tensor) is torch.Tensor and not torch.compiler.is_compiling()
+
+
 def check_rows(side: str, cu_seqlens: torch.Tensor, tokens: int, max_seqlen: int) -> None:
     """Refuses offsets (batch + 1,) of `side` "q" or "k" that leave its `tokens`, or rows longer than `max_seqlen`.
 
     On a CPU only: a GPU would have to be waited for, and a graph that is traced has no values.
     """
-    if cu_seqlens.device.type != "cpu" or type(cu_seqlens) is not torch.Tensor or torch.compiler.is_compiling():
+    if cu_seqlens.device.type != "cpu" or not has_values(cu_seqlens):
         return
     lengths = cu_seqlens.diff()
     if cu_seqlens[0] < 0 or cu_seqlens[-1] > tokens or (lengths < 0).any():
