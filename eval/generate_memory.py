@@ -1,6 +1,5 @@
 """Memory over the weights at the peak of generate(), of the device and of torch's allocator."""
 
-import gc
 import threading
 from dataclasses import dataclass
 
@@ -8,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
 
 from hf_paged_flash import CacheFullError, PagedCache
-from hf_paged_flash.eval.device_memory import in_use, in_use_before
+from hf_paged_flash.eval.device_memory import in_use, in_use_before, release_unused
 from hf_paged_flash.eval.workloads import Workload
 
 
@@ -70,6 +69,7 @@ def peaks_of(workload: Workload, kinds: list[str], layers: int, device: str) -> 
 
     The peers run on sdpa, PagedCache on paged_flash, over the same random weights.
     """
+    release_unused(device)  # weights that shared memory with what was before would keep the rest of it from the device
     model = random_model(workload.config(layers), device)
     peaks = {}
     for kind in kinds:
@@ -81,9 +81,7 @@ def peaks_of(workload: Workload, kinds: list[str], layers: int, device: str) -> 
 def _peak(model: PreTrainedModel, workload: Workload, kind: str, device: str) -> Peak | None:
     warm_up = torch.full((2, 64), 5, device=device)
     model.generate(warm_up, attention_mask=torch.ones_like(warm_up), max_new_tokens=4)  # workspaces and kernels
-    gc.collect()
-    torch.cuda.synchronize(device)
-    torch.cuda.empty_cache()
+    release_unused(device)
     before, weights = in_use_before(device), torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     try:

@@ -12,7 +12,6 @@ the others adds, tokens/s are of the whole call. Memory is the device's, over th
 steps must agree between the implementations: exit status 1 where they don't, and no row of that batch.
 """
 
-import gc
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from hf_paged_flash.eval.bench.generate_calls import IMPLEMENTATIONS, Measured, 
 from hf_paged_flash.eval.bench.generate_cases import FORMS, MODELS, Case, case_of, load, model_name
 from hf_paged_flash.eval.bench.step_bounds import COPIED_BYTES, copy_gbps, floor_ms, replay_ms
 from hf_paged_flash.eval.bench.timing import bench_device
+from hf_paged_flash.eval.device_memory import release_unused
 from hf_paged_flash.eval.report import console, final_line, launch, names_of, reason_of
 from hf_paged_flash.eval.results import Recorder, device_name, results_folder, versions
 
@@ -182,6 +182,7 @@ def _model(source: str, written: dict[str, Case], run: Run, device: torch.device
     """Every case on one model; prints each when it is there, and what it took."""
     name = model_name(source)
     start = time.perf_counter()
+    release_unused(device)  # weights that shared memory with what was before would keep the rest of it from the device
     model = load(source, device)
     console().print(f"{name}: loaded in {time.perf_counter() - start:.0f} s")
     for text, case in written.items():
@@ -195,9 +196,6 @@ def _model(source: str, written: dict[str, Case], run: Run, device: torch.device
         console().print(shown)
         console().print(f"{name}, {text}: {time.perf_counter() - start:.0f} s\n")
     del model
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 @app.command()

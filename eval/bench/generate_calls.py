@@ -1,6 +1,5 @@
 """One implementation's generate(), timed: prefill, steps, and memory at its peak."""
 
-import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from transformers import CompileConfig, PreTrainedModel, StoppingCriteria
 
 from hf_paged_flash import CacheFullError
 from hf_paged_flash.eval.bench.generate_cases import Case
-from hf_paged_flash.eval.device_memory import in_use, in_use_before
+from hf_paged_flash.eval.device_memory import in_use, in_use_before, release_unused
 from hf_paged_flash.eval.report import reason_of
 from hf_paged_flash.generation.decode_graph import graphs_of
 
@@ -100,10 +99,7 @@ def take(model: PreTrainedModel, impl: str) -> None:
     for name in ("_previous_max_cache_length", "_compiled_call", "_last_compile_config"):
         vars(model).pop(name, None)
     torch.compiler.reset()
-    gc.collect()
-    if model.device.type == "cuda":
-        wait_for(model.device)
-        torch.cuda.empty_cache()
+    release_unused(model.device)
     model.set_attn_implementation(IMPLEMENTATIONS[impl][0])
 
 
@@ -144,9 +140,8 @@ def _measure(model: PreTrainedModel, impl: str, options: dict, case: Case, measu
     generate = partial(model.generate, ids, attention_mask=mask, max_new_tokens=case.new, **options)
     tiny = torch.full((2, 64), 5, device=device)
     model.generate(tiny, attention_mask=torch.ones_like(tiny), max_new_tokens=2)  # workspaces; it captures nothing
-    gc.collect()
+    release_unused(device)
     if device.type == "cuda":
-        torch.cuda.empty_cache()
         before, weights = in_use_before(device), torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
     steps = case.new if impl == "paged_flash" else min(WARM_STEPS, case.new)

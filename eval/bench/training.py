@@ -9,7 +9,6 @@ does. What does not fit is recorded as out of memory. All start from the same we
 that differ are exit status 1, and no row.
 """
 
-import gc
 import statistics
 import time
 from dataclasses import asdict, dataclass, field
@@ -23,7 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import hf_paged_flash  # noqa: F401  registers "paged_flash"
 from hf_paged_flash.eval.bench.timing import bench_device, shapes_of
-from hf_paged_flash.eval.device_memory import in_use
+from hf_paged_flash.eval.device_memory import in_use, release_unused
 from hf_paged_flash.eval.report import console, final_line, launch, names_of
 from hf_paged_flash.eval.results import Recorder, device_name, results_folder, versions
 
@@ -120,9 +119,8 @@ def _train(impl: str, case: Case, steps: int, device: torch.device, measured: Me
 def measure(impl: str, case: Case, steps: int, device: torch.device) -> Measured:
     """One untimed step and `steps` timed ones of a new model."""
     measured = Measured()
-    gc.collect()  # a model holds itself in cycles
+    release_unused(device)  # the model before holds itself in cycles
     if device.type == "cuda":
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     try:
         _train(impl, case, steps, device, measured)
