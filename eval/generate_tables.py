@@ -61,8 +61,6 @@ def generate(folder: Path) -> str:
                 table.append([*what, "out of memory", *["–"] * 6])
                 continue
             step = values["decode_ms"]
-            # rows of before what torch held unused was counted may have less than torch's own
-            has_peak = values.get("peak_gib", -1) >= values.get("torch_peak_gib", 0)
             others = values.get("read_ms"), values.get("graph_ms"), peer.get("decode_ms")
             table.append([
                 *what,
@@ -70,7 +68,7 @@ def generate(folder: Path) -> str:
                 f"{step:.2f}",
                 *(f"{step / other:.2f}" if other else "–" for other in others),
                 f"{values['tok_s']:,.0f}",
-                f"{values['peak_gib']:.2f}" if has_peak else "–",
+                f"{values['peak_gib']:.2f}" if "peak_gib" in values else "–",
             ])  # fmt: skip
     heading = ["bf16, greedy", "generate() with", "prefill, ms", "step, ms", "× floor", "× its graph alone",
                "× DynamicCache's", "tokens/s", "GiB over the weights"]  # fmt: skip
