@@ -20,7 +20,7 @@ def _in_decode_loop(**traits):
     def decode(
         original, self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, **kwargs
     ):
-        from hf_paged_flash.generation.decode_loop import decode_loop
+        from hf_paged_flash.generation.decode_loop import decode_loop, recording_as_before
         from hf_paged_flash.generation.looking import ModelChanged
         from hf_paged_flash.generation.prefix_caching import begin_anew
 
@@ -30,7 +30,10 @@ def _in_decode_loop(**traits):
         options = traits | {"synced_gpus": synced_gpus}
 
         def run(**options):
-            with decode_loop(self, cache, generation_config, stopping_criteria, **options) as (model, criteria):
+            with (
+                recording_as_before(cache),
+                decode_loop(self, cache, generation_config, stopping_criteria, **options) as (model, criteria),
+            ):
                 return original(model, input_ids, logits_processor, criteria, generation_config, synced_gpus, **kwargs)
 
         try:

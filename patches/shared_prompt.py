@@ -6,8 +6,8 @@ tables and we the logits. No public hook lies between.
 
 Transformers' own way is kept where ours might not be sound: where a model repeats its inputs, runs its prefill or goes
 on from it by code of its own, or keeps states outside of its cache (RecurrentGemma), for encoder-decoder models, where
-an input was changed or added after it was repeated, and on a cache that holds the repeated rows already. Assisted
-generation never repeats rows.
+an input was changed or added after it was repeated, where each row has an adapter of its own (PEFT's `adapter_names`),
+and on a cache that holds the repeated rows already. Assisted generation never repeats rows.
 """
 
 import copy
@@ -61,6 +61,7 @@ def _kept(value):
 
 def _computes_once(model, cache, unexpanded: _Unexpanded | None, model_kwargs: dict) -> bool:
     from hf_paged_flash.cache import PagedCache
+    from hf_paged_flash.generation.packable import has_adapters_by_row
 
     return (
         unexpanded is not None
@@ -68,6 +69,7 @@ def _computes_once(model, cache, unexpanded: _Unexpanded | None, model_kwargs: d
         and not model.config.is_encoder_decoder
         and all(getattr(type(model), name) is getattr(GenerationMixin, name) for name in _METHODS)
         and not any(hasattr(module, "_setup_cache") for module in model.modules())
+        and not has_adapters_by_row(list(model.modules()))
         and (not cache.get_seq_length() or cache.batch_size == len(unexpanded.input_ids))
         and unexpanded.is_all_of(model_kwargs)
     )

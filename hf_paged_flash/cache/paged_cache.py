@@ -44,7 +44,7 @@ class PagedCache(Cache):
         block_size: tokens a block: 16, 32, 64, 128 or 256.
         num_blocks: cap in blocks, for each group of layers; None for no cap.
         max_memory: cap on the K/V memory taken from the device, in bytes, or as "4GiB"; None for no cap.
-        dtype: dtype to store in; None stores what the model computes.
+        dtype: dtype to store in; None for that of what the model computes first, until `reset()`.
         prefix_caching: keep full blocks after their rows have gone, so that each `generate()` call computes of its
             prompts only what no earlier one has. A call begins new rows: pass whole prompts. Kept blocks give way to
             rows that need them, the least recently used first. They take what the cap allows or, without a cap, an

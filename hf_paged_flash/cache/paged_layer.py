@@ -81,11 +81,17 @@ class PagedLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self._check(key_states, value_states)
         self.pool = self._pool_for(key_states, value_states)
-        # of what attention and the model see; the pool may store in another dtype
-        self.dtype = min(key_states.dtype, value_states.dtype, key=attrgetter("itemsize"))
         self.device = key_states.device
-        self._nan = self.group.pools.nan(self.dtype, self.device)
+        self._follow_dtype(key_states, value_states)
         self.is_initialized = True
+
+    def _follow_dtype(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Takes over the dtype that attention and the model see: the pool may store in another one.
+
+        It is each forward's own, autocast may be on in some.
+        """
+        self.dtype = min(key_states.dtype, value_states.dtype, key=attrgetter("itemsize"))
+        self._nan = self.group.pools.nan(self.dtype, self.device)
 
     def _pool_for(self, key: torch.Tensor, value: torch.Tensor) -> BlockPool:
         """This layer's pool: the one that forks share, one that was loaded, or else a new one."""
@@ -142,6 +148,7 @@ class PagedLayer(CacheLayerMixin):
                 self.lazy_initialization(key_states, value_states)
             else:
                 self._check(key_states, value_states)
+                self._follow_dtype(key_states, value_states)
         except BaseException:
             if step is not None:
                 self.groups.take_back(step)
@@ -158,6 +165,10 @@ class PagedLayer(CacheLayerMixin):
             raise
         self.had_grad |= torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
         return handles
+
+    def own_tensors(self) -> None:
+        """Leaves the tensors of a static step to the next one; see `PageGroup.own_tensors`."""
+        self._step = None
 
     def _check(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Kernels take for granted what is checked here."""

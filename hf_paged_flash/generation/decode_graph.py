@@ -236,6 +236,8 @@ class DecodeGraphs:
 
     def note(self, cache: PagedCache) -> None:
         """Takes in what caches of the model are like, from one that was filled and may be empty again."""
+        if torch.is_autocast_enabled(self.device.type):
+            return  # they are like this one within autocast alone
         if self._like is None and any(layer.is_initialized for layer in paged_layers(cache)):
             self._like = _Like(cache)
 

@@ -21,7 +21,7 @@ from ..errors import UnsupportedFeatureError
 from ..ops.flash_attn import MAX_DECODE_QUERIES
 from .capturable import NotCapturable, obstacle
 from .compiled_forward import CompileSettings
-from .decode_graph import PROMPT, STEP, DecodeGraphs, forget, graphs_of
+from .decode_graph import PROMPT, STEP, DecodeGraphs, forget, graphs_of, paged_layers
 from .fused_layers import fused_layers
 from .looking import confirm, glance_at, look_at, looking_once
 from .prefix_caching import first_forward, seen_for
@@ -112,6 +112,22 @@ def decode_loop(
         finally:
             _here.loop, _here.innermost = outer, around
             loop.close()
+
+
+@contextmanager
+def recording_as_before(cache: object) -> Iterator[None]:
+    """Around a loop that raises: windows of `cache` keep no more of what they leave behind than they did.
+
+    transformers has them record it for a while, and takes that back at the end of its loops.
+    """
+    groups = cache.groups if isinstance(cache, PagedCache) else ()
+    before = [group.record_past for group in groups]
+    try:
+        yield
+    except BaseException:
+        for group, was in zip(groups, before, strict=True):
+            group.record_past = was
+        raise
 
 
 def _begin_with(first: Callable, then: Callable) -> Callable:
@@ -241,11 +257,16 @@ class _Loop:
         try:
             self._fused.close()
             if self._is_open:
-                self._cache.groups.own_tensors()  # a graph's are written to by the next generate()
+                self._own_tensors()  # a graph's are written to by the next generate()
         finally:
             if self._is_open:
                 self._graphs.lock.release()
         self._graphs.note(self._cache)
+
+    def _own_tensors(self) -> None:
+        self._cache.groups.own_tensors()
+        for layer in paged_layers(self._cache):
+            layer.own_tensors()
 
     def prepare_model(self) -> None:
         """Before a forward that runs in Python: confirms the model, and fuses its layers until the loop ends.
@@ -320,7 +341,7 @@ class _Loop:
         except NotCapturable as error:
             logger.debug(f"a prompt of {type(self._model).__name__} is not replayed, because {error}")
             return None
-        self._cache.groups.own_tensors()
+        self._own_tensors()
         outputs.logits = outputs.logits[:, -1:].clone()
         return outputs
 

@@ -149,7 +149,7 @@ class _ModuleLook:
 
 def names_of(module: nn.Module) -> list[str]:
     """Attributes of `module` that a look compares, beside what all modules have."""
-    names = [name for name in vars(module) if name not in _NOT_LOOKED_AT]
+    names = [name for name in tuple(vars(module)) if name not in _NOT_LOOKED_AT]
     return [name for name in names if name != "forward"] if runs_its_class(module) else names
 
 
@@ -296,7 +296,7 @@ def _configs(modules: list[nn.Module]) -> list[PreTrainedConfig]:
     found: dict[int, PreTrainedConfig] = {}
 
     def collect(values: dict) -> None:
-        for value in values.values():
+        for value in tuple(values.values()):
             if isinstance(value, PreTrainedConfig) and id(value) not in found:
                 found[id(value)] = value
                 collect(vars(value))

@@ -33,6 +33,8 @@ _TAKEN = {"attention_mask", "dropout", "scaling", "sliding_window", "softcap", "
 _UNDERSTOOD = {"input_ids", "attention_mask", "position_ids", "past_key_values", "cache", "logits_to_keep"}
 _UNDERSTOOD |= {*LAYOUT, PLACES}  # of use with images alone
 _OF_NO_ROW = (bool, int, float, str, torch.dtype, type(None))
+# those of them that keys and values do not depend on
+_OF_OUTPUTS = {"use_cache", "return_dict", "logits_to_keep", "output_attentions", "output_hidden_states"}
 _STEPS = ("_prefill", "_update_model_kwargs_for_generation", "_sample", "_beam_search")
 _OF_LIBRARIES = {"accelerate", "peft", "torch", "transformers"}  # hooks of theirs keep to no row
 _WRITTEN_OUT = ("output_hidden_states", "output_attentions")
@@ -109,7 +111,7 @@ def _has_chunks(model: PreTrainedModel) -> bool:
     return "chunked_attention" in (getattr(_text_config(model), "layer_types", None) or ())
 
 
-def _has_adapters_by_row(modules: list[nn.Module]) -> bool:
+def has_adapters_by_row(modules: list[nn.Module]) -> bool:
     """PEFT gives each row an adapter of its own by hooks that hold something a row."""
     hooks = (hook for module in modules for hook in module._forward_pre_hooks.values())
     return any(getattr(hook, "keywords", {}).keys() & {"adapter_names", "alora_offsets"} for hook in hooks)
@@ -133,7 +135,7 @@ _OF_MODEL: dict[str, Callable[[PreTrainedModel, list[nn.Module]], bool]] = {
         isinstance(module, (nn.Conv1d, nn.RNNBase)) for module in modules
     ),
     "attention that does more with its keys than attend to them": _does_more_with_keys,
-    "an adapter for each row": lambda model, modules: _has_adapters_by_row(modules),
+    "an adapter for each row": lambda model, modules: has_adapters_by_row(modules),
     "forward hooks inside": _has_hooks,
 }
 
@@ -186,3 +188,12 @@ def of_rows(inputs: dict, rows: int) -> str | None:
         if name not in understood and not (is_empty or isinstance(value, _OF_NO_ROW)):
             return name
     return None
+
+
+def settings_in(inputs: dict) -> frozenset:
+    """What of a model's `inputs`, or generate()'s for it, keys and values may depend on beside tensors."""
+    return frozenset(
+        (name, type(value), value)
+        for name, value in inputs.items()
+        if isinstance(value, _OF_NO_ROW) and value is not None and name not in _OF_OUTPUTS
+    )

@@ -21,7 +21,8 @@ from ..cache.prompt_row import Media, PromptRow
 from ..errors import ArgumentError
 from .looking import Look, ModelChanged, ModuleState, confirm, glance_at, look_at, looking_once, names_of
 from .media import PLACES, has_contents, media_of, without_media
-from .packable import NotPacked, of_rows, why_not_these, why_padded
+from .optimizer_steps import steps_of
+from .packable import NotPacked, of_rows, settings_in, why_not_these, why_padded
 from .packed_rows import packed_draft
 
 logger = logging.get_logger(__name__)
@@ -126,7 +127,7 @@ def seen_for(cache: object) -> tuple[Look, ...]:
 def _begin_rows(cache: PagedCache, model: PreTrainedModel, are_same: bool) -> None:
     if not are_same:  # another model's, or they were changed: their keys are others
         look = look_at(model)
-        cache.prefixes.weights = look.tensors, _state_of(look)
+        cache.prefixes.weights = look.tensors, _state_of(model, look)
         cache.reset()
     else:
         _drop_rows(cache)
@@ -139,22 +140,27 @@ def _drop_rows(cache: PagedCache) -> None:
 
 
 def _are_weights_of(model: PreTrainedModel, cache: PagedCache) -> bool:
-    """Whether `cache` is of this model, no weight or buffer was written to since, and nothing replaced or moved."""
+    """Whether `cache` is of this model, no weight or buffer was written to since, and nothing replaced or moved.
+
+    And whether it computes in the same dtype.
+    """
     (told, state), look = cache.prefixes.weights, look_at(model)
     are_same = told is look.tensors or (
         len(told) == len(look.tensors) and all(x() is y() for x, y in zip(told, look.tensors, strict=True))
     )
-    return are_same and state == _state_of(look)
+    return are_same and state == _state_of(model, look)
 
 
-def _state_of(look: Look) -> tuple:
+def _state_of(model: PreTrainedModel, look: Look) -> tuple:
     """Another one once a weight was written to, or anything changed but for what tells adapters apart."""
+    device = model.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     weights = [weight() for weight in chain(look.tensors, look.of(_other_tensors))]
     try:
         versions = tuple(map(attrgetter("_version"), weights))
     except RuntimeError:  # there are inference tensors, which have none
         versions = tuple(None if x.is_inference() else x._version for x in weights)
-    return look.of(_beside_adapters), versions
+    return look.of(_beside_adapters), versions, steps_of(weights), autocast
 
 
 def _other_tensors(model: PreTrainedModel) -> list[weakref.ref]:
@@ -197,8 +203,8 @@ def _beside_adapters(model: PreTrainedModel) -> tuple:
 
 
 def _root_of(model: PreTrainedModel) -> Hashable:
-    """What else keys and values of a text depend on: the adapters that are on, and autocast."""
-    adapters = tuple(
+    """What else keys and values of a text depend on: the adapters that are on."""
+    return tuple(
         (
             tuple(module.active_adapters),
             module.disable_adapters,
@@ -207,9 +213,6 @@ def _root_of(model: PreTrainedModel) -> Hashable:
         )
         for module in (adapted() for adapted in look_at(model).of(_adapted))
     )
-    device = model.device.type
-    is_autocast = torch.is_autocast_enabled(device)
-    return adapters, torch.get_autocast_dtype(device) if is_autocast else None
 
 
 def _adapted(model: PreTrainedModel) -> list[weakref.ref]:
@@ -247,7 +250,7 @@ def prefill(
     if rows is None:
         return run(model_kwargs)
     try:
-        with _known(model, cache, rows, shares=generation_config.prefill_chunk_size is None) as tokens:
+        with _known(model, cache, rows, model_kwargs, shares=generation_config.prefill_chunk_size is None) as tokens:
             return run(without_media(model_kwargs) if rows[0].holds_media(tokens) else model_kwargs)
     except NotPacked:
         return run(model_kwargs)
@@ -275,20 +278,26 @@ def first_forward(
     rows = _rows(inputs["input_ids"][:, :columns], inputs | prompt, model.config)
     if rows is None:
         return model(**inputs)
-    with _known(model, cache, rows, draft=last - 1) as tokens:
+    with _known(model, cache, rows, inputs, draft=last - 1) as tokens:
         inputs = without_media(inputs) if rows[0].holds_media(tokens) else inputs
         return packed_draft(model, inputs, cache, last)
 
 
 @contextmanager
 def _known(
-    model: PreTrainedModel, cache: PagedCache, rows: list[PromptRow], *, shares: bool = False, draft: int = 0
+    model: PreTrainedModel,
+    cache: PagedCache,
+    rows: list[PromptRow],
+    inputs: dict,
+    *,
+    shares: bool = False,
+    draft: int = 0,
 ) -> Iterator[int]:
     """Within it `cache` holds what is known of `rows`, as many tokens as it yields, and gets the rest and a `draft`.
 
-    Afterwards all of the rows is known.
+    Afterwards all of the rows is known, to calls with the same `inputs` beside tensors.
     """
-    prefixes, groups, root = cache.prefixes, cache.groups, _root_of(model)
+    prefixes, groups, root = cache.prefixes, cache.groups, (_root_of(model), settings_in(inputs))
     known = prefixes.start_rows(groups, root, rows, shares=shares)
     try:
         yield len(known) * groups[0].block_size

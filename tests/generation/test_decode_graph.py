@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import DeferredStopCheck
 
@@ -109,6 +110,18 @@ class TestReplays:
                 torch.stack(getattr(paged, name)), torch.stack(getattr(expected, name)), **LOGIT_TOLERANCE
             )
         assert recorders.replayed == 18
+
+    def test_a_cache_can_be_saved_afterwards(self, llama, recorders, elastic, tmp_path):
+        """It holds none of the tensors that graphs read, which are parts of one."""
+        input_ids, mask = ragged_batch(LENGTHS)
+        options = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 8, "return_dict_in_generate": True}
+        for _ in range(2):
+            cache = llama.paged.generate(input_ids, **options).past_key_values
+        assert recorders.replayed
+        torch.save(cache, tmp_path / "cache.pt")
+        again = torch.load(tmp_path / "cache.pt", weights_only=False)
+        for stored, saved in zip(cache.layers, again.layers, strict=True):
+            assert torch.equal(stored.keys, saved.keys) and torch.equal(stored.values, saved.values)
 
     @pytest.mark.parametrize("helper", ["an assistant", "the model itself", "prompt lookup"])
     def test_drafts(self, pair, recorders, elastic, helper, monkeypatch):
@@ -378,6 +391,25 @@ class TestDeferredStops:
         cache = PagedCache(llama.paged.config, num_blocks=4)
         new_tokens(llama.paged, ragged_batch([20], None)[0], None, past_key_values=cache)
         assert on_the_cpu == []
+
+    @pytest.mark.parametrize("was_recording", [False, True])
+    def test_a_loop_that_raises_leaves_windows_as_they_were(self, recorders, on_the_cpu, was_recording):
+        paged = tiny_model(tiny_config("gemma3_text"), "paged_flash")
+        cache = PagedCache(paged.config)
+        if was_recording:
+            cache.activate_past_recording()
+
+        class Raising(LogitsProcessor):
+            def __call__(self, input_ids, scores):
+                if input_ids.shape[1] == 24:
+                    raise RuntimeError("mine")
+                return scores
+
+        options = {"past_key_values": cache, "logits_processor": LogitsProcessorList([Raising()])}
+        with pytest.raises(RuntimeError, match="mine"):
+            new_tokens(paged, ragged_batch([20], None)[0], None, **options)
+        assert cache.columns == 24
+        assert {layer.record_past for layer in cache.layers} == {was_recording}
 
     def test_not_without_graphs(self, llama, recorders, on_the_cpu, monkeypatch):
         monkeypatch.setattr("hf_paged_flash.backend._graphs", False)

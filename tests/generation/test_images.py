@@ -137,6 +137,14 @@ class TestPrefixCaching:
         assert ask(1, 40, num_beams=2) == expected
         assert cache.memory().prefix_tokens_hit == hits + known
 
+    def test_what_else_a_model_is_told_of_an_image(self, ask, model_type):
+        if model_type != "llava":
+            pytest.skip("has no such argument")
+        whole = ask(1, 40)
+        assert ask(1, 40, vision_feature_layer=0) == whole
+        assert ask(1, 40, vision_feature_layer=-1) == whole
+        assert ask(1, 40, vision_feature_layer=0)[0] < whole[0]
+
     def test_the_next_turn_knows_the_answer(self, pair, model_type, cache, ask):
         ask(1, 40)
         eager, paged = pair

@@ -1,7 +1,10 @@
 """generation/looking.py: what of a model is noticed, and that nothing is read twice for nothing."""
 
 import gc
+import sys
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import MethodType
 
@@ -13,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hf_paged_flash import configure
 from hf_paged_flash.generation.fused_layers import fused_layers
-from hf_paged_flash.generation.looking import ModelChanged, confirm, glance_at, look_at, looking_once
+from hf_paged_flash.generation.looking import Look, ModelChanged, confirm, glance_at, look_at, looking_once
 from tests.tiny_models import tiny_config
 
 
@@ -189,6 +192,27 @@ def test_what_stands_in_is_no_change(model):
     model.model.norm.register_forward_hook(lambda module, args, output: output)
     with looking_once(look, confirmed=False), pytest.raises(ModelChanged):
         confirm(model)
+
+
+def test_other_threads_may_fuse_layers_meanwhile(model):
+    interval, ends = sys.getswitchinterval(), time.monotonic() + 1
+
+    def repeat(call):
+        while time.monotonic() < ends:
+            call(model)
+
+    def fuse(model):
+        with fused_layers(model):
+            pass
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor() as threads:
+            runs = [threads.submit(repeat, call) for call in (fuse, fuse, Look, Look)]
+        for run in runs:
+            run.result()
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_looking_once(model):

@@ -104,6 +104,26 @@ class TestPadded:
             adapted.generate(input_ids=input_ids, attention_mask=mask, max_new_tokens=2, do_sample=False)
         assert shapes[0] == (1, TOKENS)
 
+    @pytest.mark.parametrize(
+        ("options", "each"),
+        [({"num_beams": 3}, 1), ({"num_return_sequences": 2, "do_sample": True, "top_k": 1}, 2)],
+        ids=["beams", "sequences"],
+    )
+    def test_adapters_by_row_of_repeated_prompts(self, options, each):
+        """PEFT repeats the names of beams, those of sequences are to be given for each."""
+        peft = pytest.importorskip("peft")
+        lora = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        input_ids, mask = batch("left")
+        names = [name for name in ("one", "two", "one", "two") for _ in range(each)]
+        tokens = []
+        for model in (tiny_model(tiny_config("llama"), name) for name in ("eager", "paged_flash")):
+            torch.manual_seed(0)
+            adapted = peft.get_peft_model(model, lora, adapter_name="one").eval()
+            adapted.add_adapter("two", lora)
+            inputs = {"input_ids": input_ids, "attention_mask": mask, "adapter_names": names, "max_new_tokens": 6}
+            tokens.append(adapted.generate(**inputs, **({"do_sample": False} | options)))
+        assert torch.equal(*tokens)
+
     def test_a_row_of_arguments(self):
         paged, _ = models("llama")
         cache = PagedCache(paged.config)

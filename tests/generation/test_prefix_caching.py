@@ -382,6 +382,58 @@ def test_changed_weights_are_noticed(models):
     check((eager, paged), prompt, None)
 
 
+@pytest.mark.parametrize("how", [{"fused": True}, {"foreach": True}, {"foreach": False}], ids=str)
+def test_steps_of_an_optimizer_are_noticed(models, how):
+    eager, paged = (copy.deepcopy(model) for model in models("llama"))
+    cache = hf_paged_flash.enable_prefix_caching(paged)
+    prompt = text(60, 1)[None]
+    check((eager, paged), prompt, None)
+    for weights in (paged.parameters(), [torch.nn.Parameter(torch.ones(1))]):
+        optimizer = torch.optim.AdamW(weights, lr=0.05, **how)
+        for weight in optimizer.param_groups[0]["params"]:
+            weight.grad = torch.ones_like(weight)
+        for _ in range(2):
+            before = cache.memory().prefix_tokens_hit
+            optimizer.step()
+            eager.load_state_dict(paged.state_dict())
+            check((eager, paged), prompt, None)
+    assert before == 3 * BLOCK and cache.memory().prefix_tokens_hit == 2 * before, "weights of others do not matter"
+
+
+def test_a_compiled_step_of_an_optimizer_is_noticed(models):
+    eager, paged = (copy.deepcopy(model) for model in models("llama"))
+    cache = hf_paged_flash.enable_prefix_caching(paged)
+    prompt = text(60, 1)[None]
+    check((eager, paged), prompt, None)
+    optimizer = torch.optim.SGD([paged.lm_head.weight, paged.model.embed_tokens.weight], lr=0.5)
+    for weight in optimizer.param_groups[0]["params"]:
+        weight.grad = torch.ones_like(weight)
+    torch.compile(optimizer.step, backend="aot_eager")()
+    eager.load_state_dict(paged.state_dict())
+    check((eager, paged), prompt, None)
+    assert cache.memory().prefix_tokens_hit == 0
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["enabled", "own cache"])
+def test_autocast_has_keys_of_its_own(models, own):
+    eager, paged = models("llama")
+    cache = PagedCache(paged.config, prefix_caching=True) if own else hf_paged_flash.enable_prefix_caching(paged)
+    prompt = text(60, 1)[None]
+    inputs = {"input_ids": prompt, "max_new_tokens": NEW, "do_sample": False}
+    inputs |= {"return_dict_in_generate": True, "output_logits": True}
+    options = {"past_key_values": cache} if own else {}
+    expected = torch.stack(eager.generate(**inputs).logits)
+    try:
+        for is_on in (True, False, True, False):
+            with torch.autocast("cpu", torch.bfloat16, enabled=is_on):
+                logits = torch.stack(paged.generate(**inputs, **options).logits)
+            if not is_on:
+                torch.testing.assert_close(logits, expected)
+        assert cache.memory().prefix_tokens_hit == 0
+    finally:
+        hf_paged_flash.disable_prefix_caching(paged)
+
+
 class _Twice(torch.nn.Module):
     """A module put around another."""
 

@@ -59,6 +59,16 @@ def prompts(monkeypatch):
     return seen
 
 
+def test_new_caches_are_not_as_under_autocast(prompts):
+    paged, eager = (tiny_model(tiny_config("llama"), name) for name in ("paged_flash", "eager"))
+    expected = unpadded(eager, *batch("left"))
+    with torch.autocast("cpu", torch.bfloat16):
+        generate(paged, *batch("left"))
+    for _ in range(4):
+        assert torch.equal(generate(paged, *batch("left")), expected)
+    assert prompts[-1] == "replay"
+
+
 @pytest.mark.parametrize("side", ["left", "right", "holes"])
 @pytest.mark.parametrize("model_type", MODELS)
 def test_tokens_are_eager_ones(model_type, side, prompts):

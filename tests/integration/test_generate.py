@@ -239,6 +239,23 @@ def test_several_turns_on_one_cache(pair, pass_whole, pad):
     assert cache.memory().tokens == held(cache, (mask.sum(1) - 1).tolist())[0]
 
 
+@pytest.mark.parametrize("turns", [(True, False), (False, True)], ids=["then without", "then with"])
+def test_autocast_in_some_turns(pair, turns):
+    """Keys come in another dtype than they are stored in."""
+    logits = []
+    for model, cache in ((pair.eager, DynamicCache()), (pair.paged, PagedCache(pair.paged.config))):
+        for is_on, length, new in zip(turns, (40, 52), (1, 3), strict=True):
+            ids = torch.cat([ragged_batch([40, 40], None)[0], ragged_batch([12, 12], None, seed=1)[0]], 1)[:, :length]
+            with torch.autocast("cpu", torch.bfloat16, enabled=is_on):
+                shown = model.generate(
+                    ids, past_key_values=cache, max_new_tokens=new, do_sample=False,
+                    output_logits=True, return_dict_in_generate=True,
+                )  # fmt: skip
+        logits.append(shown.logits[0].float())
+    expected, ours = logits
+    assert (ours - expected).norm() < 0.05 * expected.norm()
+
+
 def _alone(pair: Pair, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """What eager answers to each row, without padding and from an empty cache."""
     rows = [row[keep.bool()][None] for row, keep in zip(input_ids, mask, strict=True)]
