@@ -273,6 +273,7 @@ class PagedCache(Cache):
 
         Raises:
             PagedFlashError: a forward stopped half way.
+            UnsupportedFeatureError: some of the state lies in the model (RecurrentGemma), or is of another kind.
             FileNotFoundError: the folder of `path` is not there.
         """
         saved_cache.save(self, path)

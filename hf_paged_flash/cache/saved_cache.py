@@ -83,6 +83,11 @@ def _of_group(cache: "PagedCache", number: int, group: PageGroup) -> dict[str, t
     for idx, layer in enumerate(cache.layers):
         if isinstance(layer, PagedLayer) and layer.group is group:
             if layer.columns != group.columns:
+                if not layer.columns and any(other.columns for other in cache.layers[idx + 1 :]):
+                    raise UnsupportedFeatureError(
+                        f"layer {idx} has stored nothing in the paged cache: the model keeps its state in its "
+                        "modules, which can't be saved with the cache"
+                    )
                 raise PagedFlashError(
                     f"layer {idx} holds {layer.columns} columns of the paged cache, others {group.columns}: a forward "
                     f"stopped half way. Take it back with `crop({layer.columns - group.columns})` before `save()`"
@@ -147,7 +152,10 @@ class _Saved:
 
 def _identity(config: PreTrainedConfig) -> dict:
     config = config.get_text_config(decoder=True)
-    return {name: getattr(config, name, None) for name in _IDENTITY}
+    if not getattr(config, "is_heterogeneous", False):
+        return {name: getattr(config, name, None) for name in _IDENTITY}
+    layers = list(config.per_layer_config)  # to ask for a size that differs by layer (Gemma 4) is an error
+    return {name: [getattr(layer, name, None) for layer in layers] for name in _IDENTITY}
 
 
 def _layers(cache: "PagedCache") -> list[str]:

@@ -160,6 +160,7 @@ class DecodeGraphs:
         self._warm: set[tuple] = set()  # forwards that have run, whose kernels are compiled
         self._compiled: dict[tuple, CompiledForward] = {}  # by kind of forward
         self.refusals: dict[str | CompileSettings, str] = {}
+        self._no_room: dict[tuple, str] = {}  # by kind of forward, within one generate(): the next may find room
 
     def lend_addresses(self, cache: PagedCache) -> None:
         """Lets the pools of `cache` lie where those of the model's last cache lay, if it has none yet."""
@@ -174,6 +175,7 @@ class DecodeGraphs:
             self._like = self._like if seen is None else None
         self._look = look
         self._widths.clear()
+        self._no_room.clear()
 
     def forward(
         self,
@@ -202,6 +204,8 @@ class DecodeGraphs:
             self._prepare(cache)
         kind = packed is None, batch, q_length, *((name, x.shape, x.dtype) for name, x in tensors.items())
         kind = *kind, *constants.items(), *((group.block_size, group.pools.dtypes) for group in cache.groups), settings
+        if kind in self._no_room:
+            raise NotCapturable(self._no_room[kind])
         graph: _Graph | None = None
 
         def buffers() -> StepBuffers:
@@ -262,7 +266,7 @@ class DecodeGraphs:
             # some models look for padding where there is no mask, to warn, though not in a capture
             ones = torch.ones(kind[1], cache.columns, dtype=torch.long, device=self.device)
             inputs = inputs | {"attention_mask": ones}
-        with self._refusing(_name_of(kind)), NoWaiting(), _layers_of(model, kind, settings):
+        with self._refusing(kind, _name_of(kind)), NoWaiting(), _layers_of(model, kind, settings):
             outputs = model(**inputs)
         others = [name for name, value in outputs.items() if value is not cache and name not in ("logits", MOVED)]
         reason = None
@@ -291,7 +295,7 @@ class DecodeGraphs:
             with _layers_of(model, kind, settings):
                 return model(**inputs)
 
-        with self._refusing(settings or _name_of(kind)), torch.inference_mode(False), torch.no_grad():
+        with self._refusing(kind, settings or _name_of(kind)), torch.inference_mode(False), torch.no_grad():
             if settings is not None:
                 if kind not in self._compiled:
                     self._compiled[kind] = CompiledForward(
@@ -302,10 +306,16 @@ class DecodeGraphs:
             graph.capture(self._capturer, run, cache)
 
     @contextmanager
-    def _refusing(self, name: str | CompileSettings) -> Iterator[None]:
-        """What goes wrong in a forward made for capturing is no error: the model runs as it is from then on."""
+    def _refusing(self, kind: tuple, name: str | CompileSettings) -> Iterator[None]:
+        """What goes wrong in a forward made for capturing is no error: the model runs as it is from then on.
+
+        For want of memory until the end of this `generate()`, in forwards of this kind.
+        """
         try:
             yield
+        except torch.OutOfMemoryError as error:
+            reason = self._no_room[kind] = f"of {type(error).__name__}: {error}"
+            raise NotCapturable(reason) from error
         except Exception as error:
             known = isinstance(error, NotCapturable)
             reason = self.refusals[name] = str(error) if known else f"of {type(error).__name__}: {error}"

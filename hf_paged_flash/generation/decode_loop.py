@@ -286,11 +286,14 @@ class _Loop:
     def forward(self, *args, **inputs) -> ModelOutput:
         if args or not self._takes(inputs):
             return self.run(self._model, *args, **inputs)
+        outputs = reason = None
         try:
             finished = self.finished.empty(self._cache)
             outputs = self._graphs.forward(self._model, self._cache, inputs, finished, self._settings)
         except NotCapturable as error:
-            _tell(str(error), self._config)
+            reason = str(error)
+        if outputs is None:  # here, where the error no longer keeps what the forward had computed
+            _tell(reason, self._config)
             return self.run(self._model, **inputs)
         if (reason := self._refusal()) is not None:
             _tell(reason, self._config)

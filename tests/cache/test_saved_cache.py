@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from hf_paged_flash import ArgumentError, CacheFullError, PagedCache, PagedFlashError
+from hf_paged_flash import ArgumentError, CacheFullError, PagedCache, PagedFlashError, UnsupportedFeatureError
 from hf_paged_flash.cache.block_pool import BlockPool
 from tests.integration.models import attentive_config
 from tests.tiny_models import MODEL_TYPES, ragged_batch, tiny_config, tiny_model
@@ -176,6 +176,15 @@ def test_half_a_forward_is_not_saved(model, path, monkeypatch):
     assert PagedCache.load(path, model.config).get_seq_length() == 30
 
 
+def test_a_state_elsewhere_is_not_saved(path):
+    model = tiny_model(tiny_config("recurrent_gemma"), "paged_flash")
+    cache = PagedCache(model.config)
+    extend(model, cache, ragged_batch([12, 12], None)[0])
+    with pytest.raises(UnsupportedFeatureError, match="layer 0 has stored nothing .* its state in its modules"):
+        cache.save(path)
+    assert cache.get_seq_length() and not path.exists()
+
+
 @pytest.mark.parametrize("failing", [False, True])
 def test_blocks_move_to_the_models_device(model, path, monkeypatch, failing):
     """On CPU tensors: the pool that was loaded says that it lies elsewhere."""
@@ -200,6 +209,23 @@ def test_blocks_move_to_the_models_device(model, path, monkeypatch, failing):
     assert torch.equal(extend(model, loaded, more), extend(model, cache, more))
     assert not {id(layer.pool) for layer in loaded.layers} & {id(pool) for pool in elsewhere}
     assert type(loaded.layers[0].pool.key) is torch.Tensor
+
+
+def test_sizes_that_differ_by_layer(path):
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 97, "hidden_size_per_layer_input": 0}
+    kinds = {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    config = AutoConfig.for_model("gemma4_text", **shape, **kinds, global_head_dim=16, sliding_window=8)
+    assert config.is_heterogeneous
+    model = tiny_model(config, "paged_flash")
+    cache, _, _ = filled(model)
+    cache.save(path)
+    loaded, more = PagedCache.load(path, config), torch.arange(5, 8)[:, None]
+    assert torch.equal(extend(model, loaded, more), extend(model, cache, more))
+    other = AutoConfig.for_model("gemma4_text", **shape, **kinds, global_head_dim=32, sliding_window=8)
+    for wrong in (other, tiny_config("llama")):
+        with pytest.raises(ArgumentError, match="whose `.*` is"):
+            PagedCache.load(path, wrong)
 
 
 class TestRefused:

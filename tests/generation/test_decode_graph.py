@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import logging
 import threading
 import weakref
@@ -12,6 +13,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import DeferredStopCheck
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hf_paged_flash import CacheFullError, PagedCache, disable_prefix_caching, enable_prefix_caching
 from hf_paged_flash.generation import decode_graph
@@ -543,6 +545,26 @@ class TestRefusals:
         recorders.failing = RuntimeError("CUDA error: operation not permitted when stream is capturing")
         self._runs_eager(model, recorders)
         assert said == ["of RuntimeError: CUDA error: operation not permitted when stream is capturing"]
+
+    @pytest.mark.parametrize("failing", [0, 3], ids=["warm-up", "capture"])
+    def test_a_want_of_memory_ends_with_its_call(self, model, recorders, said, monkeypatch, failing):
+        calls, computed, original = itertools.count(), [], LlamaMLP.forward
+
+        def forward(mlp, x):
+            if x.shape[1] == 1 and next(calls) == failing:
+                result = original(mlp, x)
+                computed.append(weakref.ref(result))
+                raise torch.OutOfMemoryError("simulated")
+            assert not computed or computed[0]() is None, "kept while the forward runs once more"
+            return original(mlp, x)
+
+        monkeypatch.setattr(LlamaMLP, "forward", forward)
+        self._runs_eager(model, recorders)
+        assert set(said) == {"of OutOfMemoryError: simulated"}
+        said.clear()
+        for _ in range(2):
+            new_tokens(model, *ragged_batch(LENGTHS))
+        assert recorders.replayed >= 2 * STEPS - 2 and not said
 
     def test_a_length_that_the_model_asks_for(self, recorders, said):
         """A replay would go on with that of the capture."""

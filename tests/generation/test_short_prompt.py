@@ -69,6 +69,25 @@ def test_new_caches_are_not_as_under_autocast(prompts):
     assert prompts[-1] == "replay"
 
 
+def test_a_want_of_memory_ends_with_its_call(prompts, monkeypatch):
+    paged, eager = (tiny_model(tiny_config("llama"), name) for name in ("paged_flash", "eager"))
+    expected = unpadded(eager, *batch("left"))
+    original, failing = LlamaMLP.forward, []
+
+    def forward(mlp, x):
+        if failing:
+            failing.clear()
+            raise torch.OutOfMemoryError("simulated")
+        return original(mlp, x)
+
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    generate(paged, *batch("left"))
+    failing.append(True)
+    for _ in range(4):
+        assert torch.equal(generate(paged, *batch("left")), expected)
+    assert not failing and prompts[1] is None and prompts[-1] == "replay"
+
+
 @pytest.mark.parametrize("side", ["left", "right", "holes"])
 @pytest.mark.parametrize("model_type", MODELS)
 def test_tokens_are_eager_ones(model_type, side, prompts):
