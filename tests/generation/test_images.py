@@ -141,9 +141,9 @@ class TestPrefixCaching:
         if model_type != "llava":
             pytest.skip("has no such argument")
         whole = ask(1, 40)
-        assert ask(1, 40, vision_feature_layer=0) == whole
+        assert ask(1, 40, vision_feature_layer=-2) == whole
         assert ask(1, 40, vision_feature_layer=-1) == whole
-        assert ask(1, 40, vision_feature_layer=0)[0] < whole[0]
+        assert ask(1, 40, vision_feature_layer=-2)[0] < whole[0]
 
     def test_the_next_turn_knows_the_answer(self, pair, model_type, cache, ask):
         ask(1, 40)
