@@ -41,6 +41,8 @@ def save(cache: "PagedCache", path: str | PathLike) -> None:
     for idx, layer in enumerate(cache.layers):
         if isinstance(layer, LinearAttentionLayer):
             states[idx] = [bool(known) for known in layer.has_previous_state.values()]
+            if cache.columns and not any(states[idx]):
+                raise _state_elsewhere(idx)
             for kind in ("conv_states", "recurrent_states"):
                 held = {f"layers.{idx}.{kind}.{i}": x for i, x in getattr(layer, kind).items() if x is not None}
                 tensors |= {name: x.contiguous() for name, x in held.items()}
@@ -84,10 +86,7 @@ def _of_group(cache: "PagedCache", number: int, group: PageGroup) -> dict[str, t
         if isinstance(layer, PagedLayer) and layer.group is group:
             if layer.columns != group.columns:
                 if not layer.columns and any(other.columns for other in cache.layers[idx + 1 :]):
-                    raise UnsupportedFeatureError(
-                        f"layer {idx} has stored nothing in the paged cache: the model keeps its state in its "
-                        "modules, which can't be saved with the cache"
-                    )
+                    raise _state_elsewhere(idx)
                 raise PagedFlashError(
                     f"layer {idx} holds {layer.columns} columns of the paged cache, others {group.columns}: a forward "
                     f"stopped half way. Take it back with `crop({layer.columns - group.columns})` before `save()`"
@@ -97,6 +96,12 @@ def _of_group(cache: "PagedCache", number: int, group: PageGroup) -> dict[str, t
                 kept[torch.from_numpy(unfilled).to(pool.device)] = 0
                 tensors[f"layers.{idx}.{kind}"] = kept.cpu()  # layer by layer: the device may have no room for a copy
     return tensors
+
+
+def _state_elsewhere(idx: int) -> UnsupportedFeatureError:
+    return UnsupportedFeatureError(
+        f"layer {idx} has stored nothing in the cache: the model keeps its state in its modules, which can't be saved"
+    )
 
 
 def load(

@@ -140,10 +140,10 @@ class TestPrefixCaching:
     def test_what_else_a_model_is_told_of_an_image(self, ask, model_type):
         if model_type != "llava":
             pytest.skip("has no such argument")
-        whole = ask(1, 40)
-        assert ask(1, 40, vision_feature_layer=-2) == whole
-        assert ask(1, 40, vision_feature_layer=-1) == whole
-        assert ask(1, 40, vision_feature_layer=-2)[0] < whole[0]
+        length, _ = ask(1, 40)
+        other, sees = ask(1, 40, vision_feature_layer=-2)
+        assert sees and other >= length - 16, "more is known than the text in front of the image"
+        assert ask(1, 40, vision_feature_layer=-2)[0] < length - 16
 
     def test_the_next_turn_knows_the_answer(self, pair, model_type, cache, ask):
         ask(1, 40)
