@@ -41,13 +41,13 @@ def save(cache: "PagedCache", path: str | PathLike) -> None:
     for idx, layer in enumerate(cache.layers):
         if isinstance(layer, LinearAttentionLayer):
             states[idx] = [bool(known) for known in layer.has_previous_state.values()]
-            if cache.columns and not any(states[idx]):
-                raise _state_elsewhere(idx)
             for kind in ("conv_states", "recurrent_states"):
                 held = {f"layers.{idx}.{kind}.{i}": x for i, x in getattr(layer, kind).items() if x is not None}
                 tensors |= {name: x.contiguous() for name, x in held.items()}
         elif not isinstance(layer, PagedLayer) and vars(layer).get("keys") is not None:
             raise UnsupportedFeatureError(f"layer {idx} is a {type(layer).__name__}, whose state can't be saved yet")
+    if cache.columns and states and not any(map(any, states.values())):  # some alone are of layers without one
+        raise _state_elsewhere(min(states))
     store = cache.groups[0].store
     about = {
         "version": _VERSION,

@@ -57,8 +57,8 @@ def test_generation_goes_on_token_for_token(model_type, path):
     assert torch.equal(ours, eager.generate(input_ids, attention_mask=mask, do_sample=False, max_new_tokens=16))
 
 
-def test_a_hybrid_goes_on(path):
-    config = AutoConfig.for_model(
+def _with_linear_attention():
+    return AutoConfig.for_model(
         "qwen3_next",
         **{"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16},
         **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2},
@@ -67,6 +67,15 @@ def test_a_hybrid_goes_on(path):
         **{"pad_token_id": 0, "eos_token_id": None, "bos_token_id": 1},
         layer_types=["linear_attention", "full_attention"],
     )
+
+
+@pytest.mark.parametrize(
+    "make",
+    [_with_linear_attention, lambda: tiny_config("nemotron_h")],
+    ids=["linear attention", "layers without a state beside those with one"],
+)
+def test_a_hybrid_goes_on(path, make):
+    config = make()
     hybrid = tiny_model(config, "paged_flash")
     input_ids, _ = ragged_batch([12, 12], None)
     cache = PagedCache(config)
