@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from transformers import PreTrainedModel
 
-from hf_paged_flash.eval.device_memory import in_use, in_use_before
+from hf_paged_flash.eval.device_memory import in_use, in_use_before, release_unused
 from hf_paged_flash.eval.text import Window
 from hf_paged_flash.eval.ways import new_cache, scored_logits, switch_attention
 
@@ -107,7 +107,7 @@ def _run(measured: Measured, logits_of: Callable[[], torch.Tensor], device: torc
     if on_cuda:
         if first:
             logits_of()
-            torch.cuda.empty_cache()
+            release_unused(device)
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         held, used = torch.cuda.memory_allocated(device), in_use_before(device)

@@ -24,6 +24,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from hf_paged_flash import flash_attn_func
 from hf_paged_flash.eval.bench.timing import bench_device, shapes_of
+from hf_paged_flash.eval.device_memory import release_unused
 from hf_paged_flash.eval.report import console, final_line, launch, names_of
 from hf_paged_flash.eval.results import Recorder, device_name, results_folder, versions
 
@@ -114,8 +115,7 @@ def measure(impl: str, case: Case, inputs: tuple[torch.Tensor, ...], device: tor
             measured.results = _run(impl, case, inputs)
             return measured
         _run(impl, case, inputs)
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
+        release_unused(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -146,8 +146,7 @@ def measure_all(case: Case, implementations: list[str], device: torch.device) ->
     inputs = inputs_of(case, device)
     found, expected = {}, None
     for impl in sorted(implementations, key=IMPLEMENTATIONS.index):
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        release_unused(device)
         found[impl] = measure(impl, case, inputs, device)
         results, found[impl].results = found[impl].results, ()
         if impl == "sdpa":

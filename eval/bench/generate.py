@@ -195,7 +195,6 @@ def _model(source: str, written: dict[str, Case], run: Run, device: torch.device
         run.write(wrong)
         console().print(shown)
         console().print(f"{name}, {text}: {time.perf_counter() - start:.0f} s\n")
-    del model
 
 
 @app.command()
